@@ -1,0 +1,30 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+WORKERS ?= 2
+
+.PHONY: demo test lint conformance clean
+
+# torch first and alone: a range that admits another version would bring gigabytes of CUDA packages.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed  ## upcycle, train, evaluate and generate, end to end on real text
+	$(BIN)/vwn-hf demo --output $(RUN)
+
+test: $(VENV)/.installed  ## all tests
+	$(BIN)/python -m pytest -n $(WORKERS) tests
+
+lint: $(VENV)/.installed  ## what CI fails on
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+conformance: $(VENV)/.installed  ## transformers' own model tests over the VWN classes
+	$(BIN)/python tests/conformance/run.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

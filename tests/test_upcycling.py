@@ -1,0 +1,234 @@
+"""Upcycling: the function is kept, whatever the family, and nothing is left where it is not."""
+
+import json
+
+import pytest
+import torch
+from conftest import FAMILIES, MOE_FAMILIES, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from vwn_hf import UpcyclingError, upcycle
+from vwn_hf import upcycling as upcycling_module
+
+EXPERTS = ["eager", "batched_mm", "grouped_mm"]
+
+
+def save(model, folder, dtype=torch.float32, **kwargs):
+    model.to(dtype).save_pretrained(folder, **kwargs)
+    return folder
+
+
+def load(folder, **kwargs):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **kwargs)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(folder, tokens, **kwargs):
+    return load(folder, **kwargs)(tokens).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_sources_bit_for_bit(family, dtype, tmp_path, tokens):
+    save(tiny_model(family), tmp_path / "source", dtype)
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", segments=4, slots=8, group_norm=False)
+    assert report.logits_equal and report.max_difference == 0
+    for attention in ("eager", "sdpa"):
+        for experts in EXPERTS if family in MOE_FAMILIES else [None]:
+            options = {"attn_implementation": attention} | ({"experts_implementation": experts} if experts else {})
+            expected, actual = (logits(tmp_path / f, tokens, **options) for f in ("source", "vwn"))
+            assert torch.equal(actual, expected), options
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_group_norm_moves_logits_by_rounding_only(family, tmp_path, tokens):
+    save(tiny_model(family), tmp_path / "source")
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", segments=4, slots=8)
+    expected, actual = (logits(tmp_path / f, tokens) for f in ("source", "vwn"))
+    assert report.group_norm
+    assert 0 <= report.max_difference < 1e-4 * expected.abs().max()
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("segments", "slots"), [(1, 1), (1, 4), (2, 3), (4, 4), (3, 8), (8, 64)])
+@pytest.mark.parametrize("embedding", ["direct", "projected"])
+def test_every_shape_and_embedding_form_is_exact(segments, slots, embedding, tmp_path):
+    save(tiny_model("olmoe"), tmp_path / "source")
+    report = upcycle(
+        tmp_path / "source", tmp_path / "vwn", segments=segments, slots=slots, embedding=embedding, group_norm=False
+    )
+    assert report.logits_equal
+
+
+@pytest.mark.parametrize("start", ["noise", "copies", "zeros"])
+@pytest.mark.parametrize("embedding", ["direct", "projected"])
+def test_starts_of_the_extra_columns(start, embedding, tmp_path):
+    save(tiny_model("llama"), tmp_path / "source")
+    upcycle(tmp_path / "source", tmp_path / "vwn", embedding=embedding, slot_start=start, group_norm=False)
+    embed = load(tmp_path / "vwn").get_input_embeddings()(torch.arange(99))
+    table = load(tmp_path / "source").get_input_embeddings().weight
+    extra = embed[:, 48:]
+    assert torch.equal(embed[:, :48], table)
+    if start == "copies":
+        assert torch.equal(extra, table)
+    elif start == "zeros":
+        assert not extra.any()
+    else:
+        assert 0.7 < extra.std() / table.std() < 1.4
+
+
+def test_static_connections_are_exact(tmp_path):
+    save(tiny_model("mixtral"), tmp_path / "source")
+    assert upcycle(tmp_path / "source", tmp_path / "vwn", dynamic=False, group_norm=False).logits_equal
+    assert not any("proj" in name and "_connection" in name for name in load(tmp_path / "vwn").state_dict())
+
+
+@pytest.mark.parametrize("embedding", [None, "direct"])
+def test_tied_embeddings_stay_tied_when_projected_and_are_untied_when_direct(embedding, tmp_path):
+    save(tiny_model("qwen3", tie_word_embeddings=True), tmp_path / "source")
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", embedding=embedding, group_norm=False)
+    model = load(tmp_path / "vwn")
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert report.logits_equal and report.untied == (not tied) and tied == (embedding is None)
+    assert model.config.tie_word_embeddings == tied
+
+
+def test_sharded_source_keeps_its_shards_and_every_unchanged_tensor(tmp_path):
+    save(tiny_model("olmoe"), tmp_path / "source", max_shard_size="40KB")
+    source_shards = sorted((tmp_path / "source").glob("*.safetensors"))
+    assert len(source_shards) > 3
+    upcycle(tmp_path / "source", tmp_path / "vwn", group_norm=False)
+    shards = sorted((tmp_path / "vwn").glob("*.safetensors"))
+    assert len(shards) == len(source_shards) + 1
+    same_bytes = [a.read_bytes() == b.read_bytes() for a, b in zip(source_shards, shards, strict=False)]
+    assert same_bytes.count(False) == 1  # the shard that held the embedding
+    merged = {k: v for shard in shards for k, v in load_file(shard).items()}
+    for shard in source_shards:
+        for key, value in load_file(shard).items():
+            kept = merged[key][:, :48] if key == "model.embed_tokens.weight" else merged[key]
+            assert torch.equal(kept, value), key
+    index = json.loads((tmp_path / "vwn" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(merged)
+
+
+def test_added_parameters_are_counted(tmp_path):
+    source = tiny_model("olmoe")
+    save(source, tmp_path / "source")
+    report = upcycle(tmp_path / "source", tmp_path / "vwn")
+    assert report.source_parameters == source.num_parameters()
+    assert report.source_parameters + report.added_parameters == load(tmp_path / "vwn").num_parameters()
+
+
+def test_connections_stay_float32_in_a_bfloat16_checkpoint(tmp_path):
+    save(tiny_model("olmoe"), tmp_path / "source", torch.bfloat16)
+    upcycle(tmp_path / "source", tmp_path / "vwn")
+    for dtype in (torch.bfloat16, torch.float16):
+        for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "vwn", dtype=dtype).state_dict().items():
+            assert tensor.dtype == (torch.float32 if "_connection" in name else dtype), name
+
+
+def test_tokenizer_template_and_generation_config_come_along(tmp_path, tokenizer_file):
+    source = save(tiny_model("olmoe"), tmp_path / "source")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(source)
+    (source / "LICENSE").write_text("free")
+    upcycle(source, tmp_path / "vwn")
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
+        assert (tmp_path / "vwn" / name).read_bytes() == (source / name).read_bytes(), name
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "vwn").decode(tokenizer("def f(x):").input_ids) == "def f(x):"
+
+
+def damage(folder, change):
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("harm", "error", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
+        (lambda f: (f / "model.safetensors").unlink(), UpcyclingError, "neither model.safetensors nor"),
+        (lambda f: edit_config(f, model_type="gpt_neox"), UpcyclingError, "'gpt_neox' is not supported. Supported"),
+        (lambda f: edit_config(f, model_type="vwn_olmoe"), UpcyclingError, "VWN model already"),
+        (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), UpcyclingError, "quantized .fp8."),
+        (lambda f: edit_config(f, vocab_size=98), UpcyclingError, "config.json says vocab_size=98"),
+        (
+            lambda f: damage(f, lambda t: t.pop("model.embed_tokens.weight")),
+            UpcyclingError,
+            "no tensor model.embed_tokens",
+        ),
+        (lambda f: damage(f, lambda t: t.pop("model.norm.weight")), UpcyclingError, "does not load cleanly"),
+        (lambda f: damage(f, lambda t: t["lm_head.weight"].fill_(torch.nan)), UpcyclingError, "not finite"),
+    ],
+)
+def test_a_source_that_cannot_be_upcycled_is_refused_and_leaves_nothing(harm, error, message, tmp_path):
+    save(tiny_model("olmoe"), tmp_path / "source")
+    harm(tmp_path / "source")
+    with pytest.raises(error, match=message):
+        upcycle(tmp_path / "source", tmp_path / "vwn")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_index_that_leaves_the_folder_is_refused(tmp_path):
+    save(tiny_model("olmoe"), tmp_path / "source", max_shard_size="40KB")
+    path = tmp_path / "source" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = "../other.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(UpcyclingError, match="no safetensors file in the folder"):
+        upcycle(tmp_path / "source", tmp_path / "vwn")
+
+
+def test_a_changed_function_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    save(tiny_model("olmoe"), tmp_path / "source")
+    honest = upcycling_module.new_tensors
+
+    def moved(*args):
+        tensors = honest(*args)
+        tensors["model.layers.0.attention_connection.write.bias"] *= 1.5
+        return tensors
+
+    monkeypatch.setattr(upcycling_module, "new_tensors", moved)
+    with pytest.raises(UpcyclingError, match="Logits differ"):
+        upcycle(tmp_path / "source", tmp_path / "vwn")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segments": 5}, "segments=5 does not divide hidden_size=48"),
+        ({"slots": 3}, "slots=3 is less than segments=4"),
+        ({"slots": 6, "group_norm": True}, "vwn_group_norm=True with vwn_slots=6"),
+        ({"slot_start": "ones"}, "slot_start='ones'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(options, message, tmp_path):
+    save(tiny_model("olmoe"), tmp_path / "source")
+    with pytest.raises(Exception, match=message):
+        upcycle(tmp_path / "source", tmp_path / "vwn", **options)
+    assert not (tmp_path / "vwn").exists()
+
+
+def test_an_output_that_exists_is_left_alone(tmp_path):
+    save(tiny_model("olmoe"), tmp_path / "source")
+    (tmp_path / "vwn").mkdir()
+    with pytest.raises(FileExistsError, match="give a new folder"):
+        upcycle(tmp_path / "source", tmp_path / "vwn")
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub id"):
+        upcycle(tmp_path / "nowhere", tmp_path / "out")

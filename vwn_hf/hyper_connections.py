@@ -1,0 +1,176 @@
+"""Generalized hyper-connections: how a sublayer reads from, and writes to, a state wider than itself.
+
+Plain torch; sizes are given as integers, so the file can be read and used alone.
+
+Letters: D hidden size of the sublayer, m segments, n slots, d = D/m width of a slot, D' = n·d width of the state.
+
+              slots H [n, d] ──────────────── carry [n, n] ────────────(+)── H_next [n, d]
+                 │                                                      │
+                 └─ read [n, m] ── x [m·d] ── sublayer ── z [m·d] ── write [n, m]
+
+The three matrices depend on the token. Source: arXiv:2511.11238, section 3.3 and 3.4.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that connections compute in: float32, or float64 for a float64 state."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class SlotNorm(nn.Module):
+    """RMS norm over the d values of each slot, with one weight [d] shared by the slots.
+
+        y[i] = x[i] / sqrt(mean(x[i]²) + eps) · weight
+
+    Shapes: [..., n, d] -> [..., n, d], in float32 (float64 for float64 input).
+    """
+
+    def __init__(self, slot_width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(slot_width))
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return {"weight": torch.ones(self.weight.shape)}
+
+    def forward(self, slots: Tensor) -> Tensor:
+        slots = slots.to(at_least_float32(slots.dtype))
+        inverse_rms = torch.rsqrt(slots.square().mean(-1, keepdim=True) + self.eps)
+        return slots * inverse_rms * self.weight.to(slots.dtype)
+
+
+class SlotMap(nn.Module):
+    """A matrix from n slots to k targets, made for each token from its normalized slots.
+
+        map(H) = scale ∘ tanh(norm(H) · proj / sqrt(d)) + bias            (arXiv:2511.11238, section 3.4)
+
+    `bias` [n, k] is the static matrix, and all there is when `dynamic` is off; `proj` [d, k] and `scale` [n, k]
+    are the dynamic part. It starts with proj = 0, scale = 1 and a 0/1 bias: target j takes slot j, or, `cyclic`,
+    slots j, j + k, j + 2k, …
+    """
+
+    def __init__(self, slot_width: int, slots: int, targets: int, cyclic: bool = False, dynamic: bool = True):
+        super().__init__()
+        self.cyclic = cyclic
+        self.temperature = math.sqrt(slot_width)  # τ
+        self.bias = nn.Parameter(torch.empty(slots, targets))
+        if dynamic:
+            self.proj = nn.Parameter(torch.empty(slot_width, targets))
+            self.scale = nn.Parameter(torch.empty(slots, targets))
+        else:
+            self.register_parameter("proj", None)
+            self.register_parameter("scale", None)
+
+    @property
+    def dynamic(self) -> bool:
+        return self.proj is not None
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Initial value of each parameter by name, float32."""
+        slots, targets = self.bias.shape
+        source = torch.arange(slots) % targets if self.cyclic else torch.arange(slots)
+        values = {"bias": (source[:, None] == torch.arange(targets)).float()}
+        if self.dynamic:
+            values |= {"proj": torch.zeros(self.proj.shape), "scale": torch.ones(self.scale.shape)}
+        return values
+
+    def forward(self, normed_slots: Tensor) -> Tensor:
+        """[..., n, d] -> [..., n, k] (dynamic) or [n, k] (static), in the dtype of `normed_slots`."""
+        dtype = normed_slots.dtype
+        if not self.dynamic:
+            return self.bias.to(dtype)
+        logits = normed_slots @ self.proj.to(dtype) / self.temperature
+        return self.scale.to(dtype) * torch.tanh(logits) + self.bias.to(dtype)
+
+    def extra_repr(self) -> str:
+        slots, targets = self.bias.shape
+        return f"slots={slots}, targets={targets}, dynamic={self.dynamic}"
+
+
+class GeneralizedHyperConnection(nn.Module):
+    """The connection around one sublayer: read its input, run it, write its output, carry the slots on.
+
+    Args:
+        hidden_size: D, the width of the sublayer's input and output.
+        segments: m, into how many parts D is cut; must divide D.
+        slots: n ≥ m, how many parts of that width the state has.
+        dynamic: whether the three matrices depend on the token.
+        eps: added to the mean square in `slot_norm`.
+
+    With the initial values the first m slots are an ordinary residual stream.
+    Parameters: `{read,carry,write}.{bias,proj,scale}` and `slot_norm.weight` (absent where not dynamic).
+
+    Raises:
+        ValueError: segments does not divide hidden_size, or slots < segments.
+    """
+
+    def __init__(self, hidden_size: int, segments: int, slots: int, dynamic: bool = True, eps: float = 1e-6):
+        super().__init__()
+        check_widths(hidden_size, segments, slots)
+        self.segments, self.slots = segments, slots
+        slot_width = hidden_size // segments
+        self.slot_norm = SlotNorm(slot_width, eps) if dynamic else nn.Identity()
+        self.read = SlotMap(slot_width, slots, segments, dynamic=dynamic)
+        self.carry = SlotMap(slot_width, slots, slots, dynamic=dynamic)
+        self.write = SlotMap(slot_width, slots, segments, cyclic=True, dynamic=dynamic)
+        reset_parameters(self)
+
+    def forward(self, hidden_states: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """Read a sublayer's input from the slots, run it, write its output back, carry the slots on.
+
+            input[j] = sum_i read[i, j] · slot[i]
+            slot'[i] = sum_j write[i, j] · segment[j] + sum_k carry[k, i] · slot[k]
+
+        Everything but the sublayer is computed in float32 (float64 for a float64 state), also under autocast.
+
+        Args:
+            hidden_states: over-width state, [..., n·d]; slot i is [..., i·d:(i+1)·d].
+            sublayer: any callable [..., m·d] -> [..., m·d], with its own pre-norm.
+        Returns:
+            over-width state after the sublayer, [..., n·d], in hidden_states' dtype.
+        """
+        dtype, device_type = hidden_states.dtype, hidden_states.device.type
+        with torch.autocast(device_type, enabled=False):
+            slots = hidden_states.to(at_least_float32(dtype)).unflatten(-1, (self.slots, -1))
+            normed = self.slot_norm(slots)
+            read, carry, write = self.read(normed), self.carry(normed), self.write(normed)
+            sublayer_input = mix(read, slots).flatten(-2).to(dtype)
+        sublayer_output = sublayer(sublayer_input)
+        with torch.autocast(device_type, enabled=False):
+            segments = sublayer_output.to(slots.dtype).unflatten(-1, (self.segments, -1))
+            return (mix(write.mT, segments) + mix(carry, slots)).flatten(-2).to(dtype)
+
+
+def mix(matrix: Tensor, slots: Tensor) -> Tensor:
+    """out[j] = sum_i matrix[i, j] · slots[i].  [..., i, j], [..., i, d] -> [..., j, d]."""
+    return matrix.mT @ slots
+
+
+def check_widths(hidden_size: int, segments: int, slots: int) -> None:
+    """Raise ValueError unless `segments` divides `hidden_size` and there are at least as many slots as segments."""
+    if segments < 1 or hidden_size % segments:
+        divisors = [k for k in (1, 2, 3, 4, 6, 8, 12, 16, 32) if hidden_size % k == 0]
+        raise ValueError(
+            f"segments={segments} does not divide hidden_size={hidden_size}: the backbone's width is cut into "
+            f"equal segments. Use a divisor of it, for example one of {divisors}."
+        )
+    if slots < segments:
+        raise ValueError(
+            f"slots={slots} is less than segments={segments}: the state must hold at least the backbone's width. "
+            f"Use slots >= {segments}; the width grows by slots / segments."
+        )
+
+
+@torch.no_grad()
+def reset_parameters(module: nn.Module) -> None:
+    """Give every parameter below `module` that has a rule its initial value."""
+    for child in module.modules():
+        if hasattr(child, "initial_values"):
+            for name, value in child.initial_values().items():
+                getattr(child, name).copy_(value)

@@ -1,0 +1,72 @@
+"""The two ends of the over-width state: the embedding that opens it and the reduce that closes it.
+
+Plain torch. Letters: V vocabulary, D hidden size, D' = n·d over-width, d = D/m.   Source: arXiv:2511.11238, section 3.2.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .hyper_connections import at_least_float32
+
+
+class OverWidthLinear(nn.Linear):
+    """A linear map between the widths D and D', without bias, that starts as the identity on the first D values.
+
+    expansion (D -> D'): weight [D', D] = (I_D ; extra)          reduce (D' -> D): weight [D, D'] = (I_D | extra)
+
+    `extra` is drawn from N(0, std²).
+    """
+
+    def __init__(self, in_features: int, out_features: int, std: float):
+        self.std = std
+        super().__init__(in_features, out_features, bias=False)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        weight = torch.randn(self.weight.shape) * self.std
+        width = min(weight.shape)
+        weight[:width, :width] = torch.eye(width)
+        return {"weight": weight}
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.copy_(self.initial_values()["weight"].to(self.weight.device))
+
+
+class ProjectedEmbedding(nn.Embedding):
+    """Over-width embedding in low-rank form: a table [V, D] and one linear map [D', D], `expansion`.
+
+    Token ids [...] -> [..., D']. The table stays D wide, so that a tied `lm_head` can go on sharing it.
+    The extra rows of the map start with standard deviation 1/sqrt(D), which gives the extra columns the scale of the table.
+    """
+
+    def __init__(self, num_embeddings: int, hidden_size: int, virtual_width: int, padding_idx: int | None = None):
+        super().__init__(num_embeddings, hidden_size, padding_idx)
+        self.expansion = OverWidthLinear(hidden_size, virtual_width, std=1 / math.sqrt(hidden_size))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.expansion(super().forward(input_ids))
+
+
+class GroupNorm(nn.Module):
+    """RMS norm over groups of D values of the over-width state, with one weight [D'].
+
+        y[g] = x[g] / sqrt(mean(x[g]²) + eps) · weight[g]          g: group of D values
+
+    Without mean and bias, so that it commutes with the backbone's last norm. Shape [..., D'] is kept, dtype too.
+    """
+
+    def __init__(self, virtual_width: int, group_width: int, eps: float):
+        super().__init__()
+        self.group_width, self.eps = group_width, eps
+        self.weight = nn.Parameter(torch.ones(virtual_width))
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return {"weight": torch.ones(self.weight.shape)}
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        groups = hidden_states.to(at_least_float32(hidden_states.dtype)).unflatten(-1, (-1, self.group_width))
+        normed = F.rms_norm(groups, (self.group_width,), eps=self.eps).flatten(-2)
+        return (normed * self.weight.to(normed.dtype)).to(hidden_states.dtype)

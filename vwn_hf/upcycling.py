@@ -1,0 +1,369 @@
+"""A backbone's checkpoint in, a VWN checkpoint that computes the same function out.
+
+Only the embedding changes; connections and reduce are added in one more shard. Every other tensor is copied as it
+stands on disk, one shard at a time. The output gets its name when it is complete and has passed its check.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .backbones import get_backbone
+from .modeling_vwn import auto_map, build_family, write_remote_code_stub
+from .over_width import OverWidthLinear
+
+EMBEDDING_KEY = "model.embed_tokens.weight"
+SLOT_STARTS = ("noise", "copies", "zeros")
+REPORT_NAME = "upcycling_report.json"
+COMPANION_FILES = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "chat_template*", "additional_chat_templates/*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+# Largest difference of logits that is put down to rounding, as a share of the largest logit, where a group norm is added.
+ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class UpcyclingError(RuntimeError):
+    """The source cannot be upcycled, or the result does not compute the source's function. No output is left."""
+
+
+@dataclass
+class UpcyclingReport:
+    """What `upcycle` did. `max_difference` is the largest |VWN logit − source logit|; None if it was not checked."""
+
+    source: str
+    output: str
+    model_type: str
+    segments: int
+    slots: int
+    embedding: str
+    group_norm: bool
+    slot_start: str
+    untied: bool
+    source_parameters: int
+    added_parameters: int
+    logits_equal: bool | None = None
+    max_difference: float | None = None
+
+
+def upcycle(
+    source: str | Path,
+    output: str | Path,
+    *,
+    segments: int = 4,
+    slots: int = 8,
+    dynamic: bool = True,
+    embedding: str | None = None,
+    group_norm: bool | None = None,
+    slot_start: str = "noise",
+    seed: int = 0,
+    revision: str | None = None,
+    verify: bool = True,
+) -> UpcyclingReport:
+    """Write a VWN checkpoint that computes the function of a backbone's checkpoint (method: arXiv:2511.11238).
+
+    Args:
+        source: local folder or Hub id of a safetensors checkpoint of a supported family.
+        output: folder to make; must not exist.
+        segments, slots: m and n; the state becomes n/m times as wide as the backbone.
+        dynamic: whether the connections' matrices depend on the token.
+        embedding: "direct" or "projected"; None takes "projected" for tied embeddings, which keeps the tie, else
+            "direct". Tied embeddings in the direct form are untied.
+        group_norm: RMS norm before the reduce; None: where slots is a multiple of segments. Without it the new
+            model's logits equal the source's bit for bit, with it up to the rounding of one more norm.
+        slot_start: what the extra embedding columns start as: "noise" of the table's scale, "copies" of the
+            table's columns, cyclic, or "zeros". It changes how the model learns on, not what it computes.
+        seed: of that noise.
+        revision: of a Hub id.
+        verify: load both and compare their logits before the output gets its name.
+
+    Raises:
+        UpcyclingError: the source has something that cannot be carried over, or the check failed.
+        ValueError: the settings do not fit the source.
+        FileExistsError, FileNotFoundError: output is there already; source is not.
+    """
+    if slot_start not in SLOT_STARTS:
+        raise ValueError(f"slot_start={slot_start!r} is not one of {SLOT_STARTS}.")
+    output = Path(output)
+    folder = resolve_source(source, revision)
+    source_config = read_source_config(folder)
+    config = widen_config(
+        source_config, segments=segments, slots=slots, dynamic=dynamic, embedding=embedding, group_norm=group_norm
+    )
+    weight_map = read_weight_map(folder)
+    check_embedding(folder, weight_map, source_config)
+    with folder_when_complete(output) as partial:
+        generator = torch.Generator().manual_seed(seed)
+        added = write_weights(folder, weight_map, partial, config, source_config, slot_start, generator)
+        config.save_pretrained(partial)
+        write_remote_code_stub(partial, get_backbone(source_config.model_type))
+        copy_companions(folder, partial)
+        report = UpcyclingReport(
+            source=str(source), output=str(output), model_type=config.model_type, segments=segments, slots=slots,
+            embedding=config.vwn_embedding, group_norm=config.vwn_group_norm, slot_start=slot_start,
+            untied=source_config.tie_word_embeddings and not config.tie_word_embeddings,
+            source_parameters=count_parameters(folder, weight_map), added_parameters=added,
+        )  # fmt: skip
+        if verify:
+            report.logits_equal, report.max_difference = compare_logits(folder, partial, config)
+        (partial / REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n")
+    return report
+
+
+def resolve_source(source: str | Path, revision: str | None) -> Path:
+    """The folder that holds the checkpoint; a Hub id is downloaded: its weights, config and tokenizer, no code."""
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+        raise FileNotFoundError(f"{source} is neither a folder nor a Hub id (owner/name).")
+    patterns = ["config.json", "*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *COMPANION_FILES]
+    return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+
+
+def read_source_config(folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a transformers checkpoint.")
+    raw = json.loads(path.read_text())
+    try:
+        backbone = get_backbone(str(raw.get("model_type")))
+    except ValueError as error:
+        raise UpcyclingError(f"{folder}: {error}") from None
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        raise UpcyclingError(f"{folder} is quantized ({method}); give the checkpoint it was quantized from.")
+    return backbone.config_class.from_pretrained(folder)
+
+
+def widen_config(
+    source_config: PreTrainedConfig,
+    *,
+    segments: int,
+    slots: int,
+    dynamic: bool,
+    embedding: str | None,
+    group_norm: bool | None,
+) -> PreTrainedConfig:
+    """The VWN config of a backbone's config. Raises ValueError for settings that do not fit it."""
+    backbone = get_backbone(source_config.model_type)
+    classes = build_family(backbone)
+    if embedding is None:
+        embedding = "projected" if source_config.tie_word_embeddings else "direct"
+    fields = source_config.to_dict()
+    for key in ("model_type", "transformers_version"):
+        fields.pop(key, None)
+    fields |= {
+        "auto_map": auto_map(backbone),
+        "architectures": [classes.ForCausalLM.__name__],
+        "tie_word_embeddings": source_config.tie_word_embeddings and (embedding == "projected" or slots == segments),
+        "vwn_segments": segments,
+        "vwn_slots": slots,
+        "vwn_dynamic": dynamic,
+        "vwn_embedding": embedding,
+        "vwn_group_norm": group_norm,
+    }
+    return classes.Config(**fields)
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """File name of each tensor of the checkpoint. Raises UpcyclingError unless it is safetensors, inside the folder."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
+            return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+    if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        raise UpcyclingError(
+            f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. Other formats are not read; "
+            "load the model with transformers and save it again to convert it."
+        )
+    weight_map = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"]
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UpcyclingError(
+                f"{SAFE_WEIGHTS_INDEX_NAME} names {name!r}, which is no safetensors file in the folder."
+            )
+    for name in names:
+        if not (folder / name).is_file():
+            raise UpcyclingError(
+                f"{SAFE_WEIGHTS_INDEX_NAME} names {name}, which is not in {folder}; download it again."
+            )
+        with safe_open(folder / name, "pt") as file:
+            listed = {key for key, value in weight_map.items() if value == name}
+            if listed != set(file.keys()):
+                raise UpcyclingError(f"{name} holds other tensors than {SAFE_WEIGHTS_INDEX_NAME} says.")
+    return weight_map
+
+
+def check_embedding(folder: Path, weight_map: dict[str, str], config: PreTrainedConfig) -> None:
+    if EMBEDDING_KEY not in weight_map:
+        raise UpcyclingError(f"{folder} has no tensor {EMBEDDING_KEY}; is it a causal language model's checkpoint?")
+    with safe_open(folder / weight_map[EMBEDDING_KEY], "pt") as file:
+        view = file.get_slice(EMBEDDING_KEY)
+        if view.get_shape() != [config.vocab_size, config.hidden_size]:
+            raise UpcyclingError(
+                f"{EMBEDDING_KEY} has shape {view.get_shape()}, but config.json says vocab_size={config.vocab_size}, "
+                f"hidden_size={config.hidden_size}; correct config.json."
+            )
+
+
+@contextmanager
+def folder_when_complete(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that is renamed to it at the end, or removed if anything goes wrong."""
+    if output.exists():
+        raise FileExistsError(f"{output} exists; give a new folder or remove it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_weights(
+    folder: Path,
+    weight_map: dict[str, str],
+    output: Path,
+    config: PreTrainedConfig,
+    source_config: PreTrainedConfig,
+    slot_start: str,
+    generator: torch.Generator,
+) -> int:
+    """Write all shards and their index; return the number of parameters added."""
+    with safe_open(folder / weight_map[EMBEDDING_KEY], "pt") as file:
+        table = file.get_tensor(EMBEDDING_KEY)
+    changed = {}
+    if config.vwn_embedding == "direct":
+        changed[EMBEDDING_KEY] = widen_table(table, config, slot_start, generator)
+    if source_config.tie_word_embeddings and not config.tie_word_embeddings and "lm_head.weight" not in weight_map:
+        changed["lm_head.weight"] = table
+    changed |= new_tensors(config, slot_start, table.dtype, generator)
+
+    names = sorted(set(weight_map.values()))
+    shards = len(names) + 1
+    new_map = {}
+    for number, name in enumerate(names, start=1):
+        new_name = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        copied = copy_shard(folder / name, output / new_name, without=changed.keys())
+        new_map |= dict.fromkeys(copied, new_name)
+    new_name = f"model-{shards:05d}-of-{shards:05d}.safetensors"
+    save_file(changed, output / new_name, metadata={"format": "pt"})
+    new_map |= dict.fromkeys(changed, new_name)
+    total_size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(new_map.items()))}
+    (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    replaced = table.numel() if config.vwn_embedding == "direct" else 0
+    return sum(tensor.numel() for tensor in changed.values()) - replaced
+
+
+def copy_shard(source: Path, output: Path, without) -> list[str]:
+    """Copy a safetensors file, leaving tensors out; byte for byte if there are none to leave out. Returns its keys."""
+    with safe_open(source, "pt") as file:
+        keys = [key for key in file.keys() if key not in without]
+        if len(keys) < len(list(file.keys())):
+            save_file({key: file.get_tensor(key) for key in keys}, output, metadata=file.metadata())
+            return keys
+    shutil.copyfile(source, output)
+    return keys
+
+
+def widen_table(table: Tensor, config: PreTrainedConfig, slot_start: str, generator: torch.Generator) -> Tensor:
+    """[V, D] -> [V, D']: the table, then its extra columns as `slot_start` says, in the table's dtype."""
+    extra = config.virtual_width - config.hidden_size
+    if slot_start == "copies":
+        return table[:, torch.arange(config.virtual_width) % config.hidden_size].contiguous()
+    columns = torch.zeros(table.shape[0], extra, dtype=table.dtype)
+    if slot_start == "noise":
+        std = table.float().std().item()
+        columns = torch.randn(columns.shape, generator=generator).mul_(std).to(table.dtype)
+    return torch.cat([table, columns], dim=1)
+
+
+def new_tensors(
+    config: PreTrainedConfig, slot_start: str, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The tensors that VWN adds, by name: connections in float32, the rest in `dtype`."""
+    with torch.device("meta"):
+        model = build_family(get_backbone(config.model_type.removeprefix("vwn_"))).ForCausalLM(config)
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, OverWidthLinear):
+            rows, columns = module.weight.shape
+            weight = torch.zeros(rows, columns)
+            weight[: min(rows, columns), : min(rows, columns)] = torch.eye(min(rows, columns))
+            if name.endswith("expansion") and slot_start == "copies":
+                weight = torch.eye(columns)[torch.arange(rows) % columns]
+            elif name.endswith("expansion") and slot_start == "noise":
+                weight[columns:] = torch.randn(rows - columns, columns, generator=generator) * module.std
+            tensors[f"{name}.weight"] = weight.to(dtype)
+        elif hasattr(module, "initial_values"):
+            keep = torch.float32 if "_connection" in name else dtype
+            tensors |= {f"{name}.{key}": value.to(keep) for key, value in module.initial_values().items()}
+    return tensors
+
+
+def copy_companions(folder: Path, output: Path) -> None:
+    """Copy tokenizer, generation config, chat templates and licence byte for byte."""
+    for pattern in COMPANION_FILES:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                target = output / path.relative_to(folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def count_parameters(folder: Path, weight_map: dict[str, str]) -> int:
+    total = 0
+    for name in set(weight_map.values()):
+        with safe_open(folder / name, "pt") as file:
+            for key in file.keys():
+                total += torch.Size(file.get_slice(key).get_shape()).numel()
+    return total
+
+
+@torch.no_grad()
+def compare_logits(source: Path, output: Path, config: PreTrainedConfig) -> tuple[bool, float]:
+    """Load both checkpoints and compare logits on sample tokens.
+
+    Returns:
+        (whether they are equal bit for bit, largest absolute difference).
+    Raises:
+        UpcyclingError: a tensor is missing or left over, or the logits differ by more than the method allows:
+            at all without a group norm, by more than rounding with one.
+    """
+    tokens = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    expected, expected_info = _logits(source, tokens)
+    actual, info = _logits(output, tokens)
+    if info["missing_keys"] or info["mismatched_keys"] or info["unexpected_keys"] != expected_info["unexpected_keys"]:
+        raise UpcyclingError(f"The new checkpoint does not load cleanly: {info}")
+    if not torch.isfinite(expected).all():
+        raise UpcyclingError("The source's own logits are not finite on sample tokens; its weights are damaged.")
+    equal = torch.equal(actual, expected)
+    difference = (actual.double() - expected.double()).abs().max().item()
+    allowed = ROUNDING.get(expected.dtype, 0.0) * expected.abs().max().item() if config.vwn_group_norm else 0.0
+    if not difference <= allowed:
+        raise UpcyclingError(
+            f"Logits differ from the source's by up to {difference:.3g}; at most {allowed:.3g} is allowed."
+        )
+    return equal, difference
+
+
+def _logits(folder: Path, tokens: Tensor) -> tuple[Tensor, dict]:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+    )
+    return model.eval()(tokens).logits, info
