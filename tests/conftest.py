@@ -32,7 +32,10 @@ FAMILIES = {
     "qwen3": {"intermediate_size": 64, "head_dim": 12},
     "mixtral": {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"moe_intermediate_size": 32, "intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 12},
+    "qwen3_moe": {
+        "moe_intermediate_size": 32, "intermediate_size": 64, "num_experts": 4,
+        "num_experts_per_tok": 2, "head_dim": 12,
+    },
     "deepseek_v3": {
         "num_hidden_layers": 3, "intermediate_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 4,
         "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "num_key_value_heads": 4,

@@ -1,4 +1,4 @@
-"""Virtual Width Networks (arXiv:2511.11238) for transformers. Importing it registers the VWN families with the Auto classes."""
+"""Virtual Width Networks (arXiv:2511.11238) for transformers; importing it registers them with the Auto classes."""
 
 from . import modeling_vwn
 from .hyper_connections import GeneralizedHyperConnection

@@ -23,6 +23,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def parameter_dtype() -> torch.dtype:
+    """The dtype that connections' parameters are made in: float32 too where the default dtype is narrower."""
+    return at_least_float32(torch.get_default_dtype())
+
+
 class SlotNorm(nn.Module):
     """RMS norm over the d values of each slot, with one weight [d] shared by the slots.
 
@@ -34,7 +39,7 @@ class SlotNorm(nn.Module):
     def __init__(self, slot_width: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(slot_width))
+        self.weight = nn.Parameter(torch.ones(slot_width, dtype=parameter_dtype()))
 
     def initial_values(self) -> dict[str, Tensor]:
         return {"weight": torch.ones(self.weight.shape)}
@@ -59,10 +64,11 @@ class SlotMap(nn.Module):
         super().__init__()
         self.cyclic = cyclic
         self.temperature = math.sqrt(slot_width)  # τ
-        self.bias = nn.Parameter(torch.empty(slots, targets))
+        dtype = parameter_dtype()
+        self.bias = nn.Parameter(torch.empty(slots, targets, dtype=dtype))
         if dynamic:
-            self.proj = nn.Parameter(torch.empty(slot_width, targets))
-            self.scale = nn.Parameter(torch.empty(slots, targets))
+            self.proj = nn.Parameter(torch.empty(slot_width, targets, dtype=dtype))
+            self.scale = nn.Parameter(torch.empty(slots, targets, dtype=dtype))
         else:
             self.register_parameter("proj", None)
             self.register_parameter("scale", None)

@@ -177,8 +177,11 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
 
     def __init__(self, config):
         device = torch.empty(0).device
+        checkpointing = getattr(config, "gradient_checkpointing", False)
         with torch.device("meta"):  # what the family builds first costs nothing: its base model is replaced
             super().__init__(config)
+        if checkpointing:  # what was built first has used the flag up; it is for the model built next
+            config.gradient_checkpointing = True
         self.model = build_family(self.backbone).Model(config)
         for head in self.children():
             if head is not self.model:
@@ -236,7 +239,7 @@ def _subclass(name: str, mixin: type, family_class: type, **attributes) -> type:
 
 
 def register_family(backbone: Backbone) -> None:
-    """Make a family known to AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer and the checkpoint converter."""
+    """Make a family known to the Auto classes and to the checkpoint converter."""
     classes = build_family(backbone)
     AutoConfig.register(backbone.vwn_model_type, classes.Config, exist_ok=True)
     AutoModel.register(classes.Config, classes.Model, exist_ok=True)

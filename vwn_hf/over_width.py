@@ -1,6 +1,6 @@
 """The two ends of the over-width state: the embedding that opens it and the reduce that closes it.
 
-Plain torch. Letters: V vocabulary, D hidden size, D' = n·d over-width, d = D/m.   Source: arXiv:2511.11238, section 3.2.
+Plain torch. Letters: V vocabulary, D hidden size, D' = n·d over-width, d = D/m. Source: arXiv:2511.11238, section 3.2.
 """
 
 import math
@@ -39,7 +39,8 @@ class ProjectedEmbedding(nn.Embedding):
     """Over-width embedding in low-rank form: a table [V, D] and one linear map [D', D], `expansion`.
 
     Token ids [...] -> [..., D']. The table stays D wide, so that a tied `lm_head` can go on sharing it.
-    The extra rows of the map start with standard deviation 1/sqrt(D), which gives the extra columns the scale of the table.
+    The extra rows of the map start with standard deviation 1/sqrt(D), which gives the extra
+    columns the scale of the table.
     """
 
     def __init__(self, num_embeddings: int, hidden_size: int, virtual_width: int, padding_idx: int | None = None):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,7 +33,7 @@ COMPANION_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "chat_template*", "additional_chat_templates/*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-# Largest difference of logits that is put down to rounding, as a share of the largest logit, where a group norm is added.
+# Largest difference of logits put down to rounding, as a share of the largest logit, where a group norm is added.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -56,6 +58,43 @@ class UpcyclingReport:
     added_parameters: int
     logits_equal: bool | None = None
     max_difference: float | None = None
+
+    def summary(self) -> str:
+        added = self.added_parameters / self.source_parameters
+        lines = [
+            f"{self.source} ({self.model_type.removeprefix('vwn_')}) → {self.output}",
+            f"m={self.segments}, n={self.slots}, "
+            f"state {self.slots / self.segments:g} times as wide, {self.embedding} embedding"
+            + (", untied" if self.untied else ""),
+            f"{self.source_parameters:,} parameters + {self.added_parameters:,} ({added:.1%})",
+        ]
+        if self.max_difference is None:
+            lines.append("Not verified.")
+        elif self.logits_equal:
+            lines.append("Verified: logits equal the source's bit for bit.")
+        else:
+            lines.append(
+                f"Verified: logits differ from the source's by at most {self.max_difference:.2g} (group norm)."
+            )
+        return "\n".join(lines)
+
+
+class UpcyclingRecipe(BaseModel):
+    """The arguments of `upcycle`, as a recipe names them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str
+    output: str
+    segments: int = 4
+    slots: int = 8
+    dynamic: bool = True
+    embedding: str | None = None
+    group_norm: bool | None = None
+    slot_start: str = "noise"
+    seed: int = 0
+    revision: str | None = None
+    verify: bool = True
 
 
 def upcycle(
@@ -174,7 +213,10 @@ def widen_config(
         "vwn_embedding": embedding,
         "vwn_group_norm": group_norm,
     }
-    return classes.Config(**fields)
+    try:
+        return classes.Config(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from None
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
@@ -346,15 +388,17 @@ def compare_logits(source: Path, output: Path, config: PreTrainedConfig) -> tupl
             at all without a group norm, by more than rounding with one.
     """
     tokens = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    expected, expected_info = _logits(source, tokens)
-    actual, info = _logits(output, tokens)
+    expected, expected_info, _ = _logits(source, tokens)
+    actual, info, epsilon_share = _logits(output, tokens)
     if info["missing_keys"] or info["mismatched_keys"] or info["unexpected_keys"] != expected_info["unexpected_keys"]:
         raise UpcyclingError(f"The new checkpoint does not load cleanly: {info}")
     if not torch.isfinite(expected).all():
         raise UpcyclingError("The source's own logits are not finite on sample tokens; its weights are damaged.")
     equal = torch.equal(actual, expected)
     difference = (actual.double() - expected.double()).abs().max().item()
-    allowed = ROUNDING.get(expected.dtype, 0.0) * expected.abs().max().item() if config.vwn_group_norm else 0.0
+    allowed = 0.0
+    if config.vwn_group_norm:
+        allowed = (ROUNDING[expected.dtype] + epsilon_share) * expected.abs().max().item()
     if not difference <= allowed:
         raise UpcyclingError(
             f"Logits differ from the source's by up to {difference:.3g}; at most {allowed:.3g} is allowed."
@@ -362,8 +406,20 @@ def compare_logits(source: Path, output: Path, config: PreTrainedConfig) -> tupl
     return equal, difference
 
 
-def _logits(folder: Path, tokens: Tensor) -> tuple[Tensor, dict]:
+def _logits(folder: Path, tokens: Tensor) -> tuple[Tensor, dict, float]:
+    """Logits, loading report, and how much a group norm may change the state's scale through the norms' epsilons.
+
+    A norm divides by sqrt(mean square + eps). Of a state that is normalized already, the last norm's eps is no
+    longer a share of eps / (2 · mean square), which shows where the state is small, as in a hardly trained model.
+    """
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", output_loading_info=True, trust_remote_code=False
     )
-    return model.eval()(tokens).logits, info
+    mean_squares = []
+    width = model.config.hidden_size
+    model.model.norm.register_forward_pre_hook(
+        lambda module, inputs: mean_squares.append(inputs[0][..., :width].float().square().mean(-1).min().item())
+    )
+    logits = model.eval()(tokens).logits
+    epsilons = model.model.norm.variance_epsilon + getattr(model.config, "vwn_norm_eps", 0.0)
+    return logits, info, epsilons / (2 * mean_squares[0]) if mean_squares[0] else 0.0

@@ -1,0 +1,147 @@
+"""The `vwn-hf` command: parsing only; each command calls one function of the package."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+import yaml
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def recipe_defaults(context: typer.Context, path: Optional[Path]) -> Optional[Path]:  # noqa: UP045  typer reads it
+    """Take a command's defaults from a YAML file; its keys are the command's own arguments and options."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise typer.BadParameter(f"There is no recipe {path}.")
+    from .training import unknown_key
+
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        raise typer.BadParameter(f"{path} is not a mapping of options to values.")
+    known = [parameter.name for parameter in context.command.params if parameter.name != "recipe"]
+    for key in content:
+        if key not in known:
+            raise typer.BadParameter(unknown_key(key, key, known))
+    context.default_map = {**(context.default_map or {}), **content}
+    return path
+
+
+RecipeOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--recipe", help="YAML file with any of the settings below.", is_eager=True, callback=recipe_defaults),
+]
+
+
+@app.command()
+def upcycle(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of the checkpoint to widen.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    recipe: RecipeOption = None,
+    segments: Annotated[int, typer.Option(help="m: parts the backbone's width is cut into.")] = 4,
+    slots: Annotated[int, typer.Option(help="n: slots of the wide state; it grows by n/m.")] = 8,
+    dynamic: Annotated[bool, typer.Option(help="Let the connections depend on the token.")] = True,
+    embedding: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="direct or projected; default: projected if the source ties its embeddings."),
+    ] = None,
+    group_norm: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help="Norm before the reduce; default: where slots is a multiple of segments."),
+    ] = None,
+    slot_start: Annotated[str, typer.Option(help="Start of the extra columns: noise, copies or zeros.")] = "noise",
+    seed: Annotated[int, typer.Option(help="Of that noise.")] = 0,
+    revision: Annotated[Optional[str], typer.Option(help="Of a Hub id.")] = None,  # noqa: UP045
+    verify: Annotated[bool, typer.Option(help="Compare logits with the source's before finishing.")] = True,
+) -> None:
+    """Widen a checkpoint into a VWN checkpoint that computes the same function."""
+    from .upcycling import upcycle as run
+
+    settings = {key: value for key, value in locals().items() if key not in ("recipe", "run")}
+    with clear_errors():
+        report = run(**settings)
+    typer.echo(report.summary())
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value …")] = None,  # noqa: UP045
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
+) -> None:
+    """Train a model by a recipe, for example `vwn-hf train recipes/tiny/train/config.yaml training.max_steps=20`."""
+    from .training import TrainingRecipe, read_recipe
+    from .training import train as run
+
+    with clear_errors():
+        metrics = run(read_recipe(recipe, overrides or [], TrainingRecipe), resume=resume)
+    for name, value in metrics.items():
+        typer.echo(f"{name}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+@app.command()
+def evaluate(
+    checkpoints: Annotated[list[str], typer.Argument(help="Folders or Hub ids.")],
+    tasks: Annotated[list[str], typer.Option(help="lm-eval tasks; repeat, or separate by commas.")],
+    recipe: RecipeOption = None,
+    include_path: Annotated[Optional[str], typer.Option(help="Folder with more tasks.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(help="Items per task.")] = None,  # noqa: UP045
+    batch_size: Annotated[str, typer.Option(help="Or auto.")] = "8",
+    num_fewshot: Annotated[Optional[int], typer.Option(help="Default: the task's own.")] = None,  # noqa: UP045
+    output: Annotated[Optional[str], typer.Option(help="JSON file for the results.")] = None,  # noqa: UP045
+) -> None:
+    """Measure checkpoints with lm-eval, side by side."""
+    from .evaluation import EvaluationRecipe, results_table
+    from .evaluation import evaluate as run
+
+    settings = {k: v for k, v in locals().items() if k not in ("recipe", "run", "EvaluationRecipe", "results_table")}
+    settings["tasks"] = [task for entry in tasks for task in entry.split(",")]
+    settings["batch_size"] = int(batch_size) if batch_size.isdigit() else batch_size
+    with clear_errors():
+        results = run(EvaluationRecipe(**settings))
+    from rich.console import Console
+
+    Console().print(results_table(results))
+
+
+@app.command()
+def corpus(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Of the tokenizer.")] = 2048,
+    megabytes: Annotated[float, typer.Option(help="Of text to take.")] = 8.0,
+    items: Annotated[int, typer.Option(help="Of the evaluation task.")] = 200,
+) -> None:
+    """Make a small corpus, tokenizer and lm-eval task from the source of Python's standard library."""
+    from .demo import make_corpus
+
+    for name, count in make_corpus(folder, vocab_size, megabytes, items).items():
+        typer.echo(f"{name}: {count:,}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("runs/demo"),
+    recipes: Annotated[Path, typer.Option(help="Folder of the stages' recipes.")] = Path("recipes/tiny"),
+) -> None:
+    """Pretrain, upcycle, train on, evaluate and generate, end to end on real text, in minutes on two cores."""
+    from .demo import run
+
+    with clear_errors():
+        run(output, recipes)
+
+
+class clear_errors:
+    """End the command with the message alone, and status 1, for errors whose text says what to do."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and not isinstance(error, MemoryError):
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,204 @@
+"""A recipe in, a trained checkpoint out: strict YAML → datasets → packed blocks → transformers' Trainer."""
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from .data import DataSource, packed_blocks
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; says which key, why, and what would do."""
+
+
+class TextData(BaseModel):
+    """The data of a recipe."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: DataSource
+    evaluation: DataSource | None = None
+    sequence_length: int = Field(512, gt=1)
+
+
+class TrainingRecipe(BaseModel):
+    """What `vwn-hf train` reads. Exactly one of `model` and `config` is given."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str | None = Field(None, description="checkpoint to train on, local folder or Hub id")
+    config: dict[str, Any] | None = Field(None, description="config to start from scratch with; has a model_type")
+    tokenizer: str | None = Field(None, description="tokenizer's folder or Hub id; default: that of `model`")
+    data: TextData
+    training: dict[str, Any] = Field(description="transformers' TrainingArguments, by their names")
+
+    def check(self) -> None:
+        """Raise RecipeError for what the fields' types do not show."""
+        if (self.model is None) == (self.config is None):
+            raise RecipeError("Give either model, a checkpoint to train on, or config, to start from scratch.")
+        if self.config is not None and "model_type" not in self.config:
+            raise RecipeError("config has no model_type; for example olmoe or vwn_olmoe.")
+        if self.model is None and self.tokenizer is None:
+            raise RecipeError("config without tokenizer: say which tokenizer's ids the model is to learn.")
+        known = [field.name for field in fields(TrainingArguments) if field.init]
+        for key in self.training:
+            if key not in known:
+                raise RecipeError(unknown_key(f"training.{key}", key, known))
+        if "output_dir" not in self.training:
+            raise RecipeError("training.output_dir is missing: where the checkpoint is to go.")
+
+
+Recipe = TypeVar("Recipe", bound=BaseModel)
+
+
+def unknown_key(path: str, key: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else f". Known: {', '.join(sorted(known))}."
+    return f"Unknown key {path}{hint}"
+
+
+def read_recipe(path: str | Path, overrides: list[str], schema: type[Recipe]) -> Recipe:
+    """Read a YAML recipe, apply `key=value` overrides (dotted keys, YAML values), and check it against its schema.
+
+    Raises:
+        RecipeError: naming the key, and for an unknown one the nearest known.
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no recipe {path}.")
+    content = yaml.safe_load(Path(path).read_text())
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} is not a mapping of keys to values.")
+    for override in overrides:
+        apply_override(content, override)
+    try:
+        recipe = schema.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError("\n".join(describe(problem, schema) for problem in error.errors())) from None
+    if hasattr(recipe, "check"):
+        recipe.check()
+    return recipe
+
+
+def apply_override(content: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{override!r} is not of the form key=value, for example training.max_steps=100.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"{override!r}: {parent} has no keys below it.")
+    content[last] = yaml.safe_load(value)
+
+
+def describe(problem: dict, schema: type[BaseModel]) -> str:
+    """One line for one of pydantic's errors."""
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(location)
+    if problem["type"] != "extra_forbidden":
+        return f"{path}: {problem['msg']} (got {problem['input']!r})."
+    for part in location[:-1]:
+        annotation = schema.model_fields[part].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        schema = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return unknown_key(path, location[-1], list(schema.model_fields))
+
+
+class NextTokenLossTrainer(Trainer):
+    """A Trainer whose evaluation loss is the next-token loss alone, without the router's auxiliary loss."""
+
+    def evaluate(self, *args, **kwargs):
+        config = self.model.config
+        adds_router_loss = getattr(config, "output_router_logits", False)
+        if adds_router_loss:
+            config.output_router_logits = False
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if adds_router_loss:
+                config.output_router_logits = True
+
+
+def train(recipe: TrainingRecipe, callbacks: list[TrainerCallback] | None = None, resume: bool = False) -> dict:
+    """Run a recipe and save model, tokenizer, recipe and the Trainer's state under its `training.output_dir`.
+
+    Args:
+        callbacks: more of them for the Trainer.
+        resume: go on from the last checkpoint in the output folder.
+    Returns:
+        the Trainer's metrics, those of the last evaluation among them.
+    """
+    recipe.check()
+    defaults = {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
+    arguments = TrainingArguments(**{**defaults, **recipe.training})
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
+    checkpoint = get_last_checkpoint(arguments.output_dir) if resume else None
+    if resume and checkpoint is None:
+        raise RecipeError(f"There is no checkpoint in {arguments.output_dir} to resume from; leave --resume out.")
+    model = load_model(recipe, tokenizer, checkpoint)
+    keep_cache = model.config.use_cache
+    blocks = packed_blocks(recipe.data.train.load(), tokenizer, recipe.data.sequence_length)
+    heldout = recipe.data.evaluation
+    trainer = NextTokenLossTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=blocks,
+        eval_dataset=packed_blocks(heldout.load(), tokenizer, recipe.data.sequence_length) if heldout else None,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        callbacks=callbacks,
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if heldout:
+        metrics |= trainer.evaluate()
+    model.config.use_cache = keep_cache  # the Trainer switches it off
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        text = yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False)
+        (Path(arguments.output_dir) / "recipe.yaml").write_text(text)
+    return metrics
+
+
+def load_model(
+    recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None = None
+) -> PreTrainedModel:
+    """The recipe's model, or a new one of its config, in float32 unless the config says otherwise.
+
+    A run's own `checkpoint` takes its place: the Trainer, resuming, matches tensors by name alone and so leaves
+    experts, which are stored one by one and fused in memory, as it finds them (seen in transformers 5.23).
+    """
+    source = checkpoint or recipe.model
+    if source is not None:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    else:
+        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        config = {"vocab_size": len(tokenizer), **special, **recipe.config}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    if len(tokenizer) > model.config.vocab_size:
+        raise RecipeError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
+            "they do not belong together."
+        )
+    return model
