@@ -77,6 +77,7 @@ REFUSED = {  # settings -> what the message must say: the value, the rule, the r
     "embedding_form": ({"vwn_embedding": "factorized"}, ["vwn_embedding='factorized'", "'direct', 'projected'"]),
     "zero_eps": ({"vwn_norm_eps": 0.0}, ["vwn_norm_eps=0.0", "must be positive", "1e-6"]),
     "negative_eps": ({"vwn_norm_eps": -1e-6}, ["vwn_norm_eps=-1e-06", "must be positive", "1e-6"]),
+    "infinite_eps": ({"vwn_norm_eps": float("inf")}, ["vwn_norm_eps=inf", "positive and finite", "1e-6"]),
     "nan_eps": ({"vwn_norm_eps": float("nan")}, ["vwn_norm_eps=nan", "must be positive", "1e-6"]),
 }
 WRONG_TYPES = [

@@ -1,11 +1,14 @@
-"""The `vwn_*` fields of a config, every check on them, and the widths that follow from them."""
+"""The `vwn_*` fields of a config, every check on them, the widths that follow, and the stub saved beside it."""
 
 import difflib
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from .hyper_connections import check_widths
 
 EMBEDDING_FORMS = ("direct", "projected")
+REMOTE_CODE_STUB = "vwn_remote_code"
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -43,6 +46,19 @@ class VwnConfigMixin:
             self.vwn_group_norm = self.vwn_slots % self.vwn_segments == 0
         super().__post_init__(**kwargs)
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, plus a stub with which the checkpoint loads as remote code where vwn_hf is installed.
+
+        The stub is written with the config, so that it is there whenever a model is saved, and pushed with it.
+        """
+        family = type(self).__name__.removesuffix("Config")
+        names = {"AutoConfig": f"{family}Config", "AutoModel": f"{family}Model"}
+        names["AutoModelForCausalLM"] = f"{family}ForCausalLM"
+        self.auto_map = {auto_class: f"{REMOTE_CODE_STUB}.{name}" for auto_class, name in names.items()}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        stub = f"from vwn_hf import {', '.join(sorted(names.values()))}  # pip install vwn-hf\n"
+        (Path(save_directory) / f"{REMOTE_CODE_STUB}.py").write_text(stub)
+
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
         """Nothing to do: transformers would copy this file into checkpoints, where the stub serves instead."""
@@ -65,8 +81,8 @@ class VwnConfigMixin:
                 f"share a table that is {self.virtual_width} wide. Set vwn_embedding='projected', whose table keeps "
                 "the backbone's width, or tie_word_embeddings=False."
             )
-        if not self.vwn_norm_eps > 0:
-            raise ValueError(f"vwn_norm_eps={self.vwn_norm_eps} must be positive, for example 1e-6.")
+        if not 0 < self.vwn_norm_eps < math.inf:
+            raise ValueError(f"vwn_norm_eps={self.vwn_norm_eps} must be positive and finite, for example 1e-6.")
 
     @property
     def slot_width(self) -> int:

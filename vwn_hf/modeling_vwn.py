@@ -16,7 +16,6 @@ The classes of a family, `VwnOlmoeConfig`, `VwnOlmoeModel`, `VwnOlmoeForCausalLM
 """
 
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -87,13 +86,6 @@ class VwnPreTrainedMixin:
     """What every VWN model class shares."""
 
     backbone: Backbone
-
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers, plus the stub that lets the checkpoint load as remote code where vwn_hf is installed."""
-        self.config.auto_map = auto_map(self.backbone)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            write_remote_code_stub(save_directory, self.backbone)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
@@ -185,30 +177,8 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
         self.model = build_family(self.backbone).Model(config)
         for head in self.children():
             if head is not self.model:
-                materialize(head, device)
+                head.to_empty(device=device)  # and `post_init` initializes it
         self.post_init()
-
-
-REMOTE_CODE_STUB = "vwn_remote_code"
-
-
-def auto_map(backbone: Backbone) -> dict[str, str]:
-    """The config entry that names the stub's classes."""
-    name = f"{REMOTE_CODE_STUB}.Vwn{backbone.prefix}"
-    return {"AutoConfig": f"{name}Config", "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
-
-
-def write_remote_code_stub(folder: str | Path, backbone: Backbone) -> None:
-    """Write the one file of remote code of a VWN checkpoint: an import of the installed package."""
-    names = ", ".join(f"Vwn{backbone.prefix}{suffix}" for suffix in ("Config", "ForCausalLM", "Model"))
-    (Path(folder) / f"{REMOTE_CODE_STUB}.py").write_text(f"from vwn_hf import {names}  # pip install vwn-hf\n")
-
-
-def materialize(module: nn.Module, device: torch.device) -> None:
-    """Give a module built on the meta device memory, and have `post_init` initialize it."""
-    module.to_empty(device=device)
-    for child in module.modules():
-        child._is_hf_initialized = False
 
 
 @cache

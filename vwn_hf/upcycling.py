@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .backbones import get_backbone
-from .modeling_vwn import auto_map, build_family, write_remote_code_stub
+from .modeling_vwn import build_family
 from .over_width import OverWidthLinear
 
 EMBEDDING_KEY = "model.embed_tokens.weight"
@@ -147,7 +147,6 @@ def upcycle(
         generator = torch.Generator().manual_seed(seed)
         added = write_weights(folder, weight_map, partial, config, source_config, slot_start, generator)
         config.save_pretrained(partial)
-        write_remote_code_stub(partial, get_backbone(source_config.model_type))
         copy_companions(folder, partial)
         report = UpcyclingReport(
             source=str(source), output=str(output), model_type=config.model_type, segments=segments, slots=slots,
@@ -204,7 +203,6 @@ def widen_config(
     for key in ("model_type", "transformers_version"):
         fields.pop(key, None)
     fields |= {
-        "auto_map": auto_map(backbone),
         "architectures": [classes.ForCausalLM.__name__],
         "tie_word_embeddings": source_config.tie_word_embeddings and (embedding == "projected" or slots == segments),
         "vwn_segments": segments,
