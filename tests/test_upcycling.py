@@ -1,6 +1,9 @@
 """Upcycling: the function is kept, whatever the family, and nothing is left where it is not."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -232,3 +235,27 @@ def test_an_output_that_exists_is_left_alone(tmp_path):
         upcycle(tmp_path / "source", tmp_path / "vwn")
     with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub id"):
         upcycle(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_a_hub_id_is_found_with_its_revision(tmp_path):
+    """Through huggingface_hub's own cache, offline: a repository with two revisions, code among its files."""
+    repository = tmp_path / "hub" / "models--someone--small-olmoe"
+    for revision, seed in (("a" * 40, 0), ("b" * 40, 1)):
+        folder = repository / "snapshots" / revision
+        save(tiny_model("olmoe", seed=seed), folder)
+        (folder / "modeling_olmoe.py").write_text("raise SystemExit('code of the source was run')")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    for options, revision in (([], "a" * 40), (["--revision", "b" * 40], "b" * 40)):
+        output = tmp_path / revision[0]
+        command = [sys.executable, "-m", "vwn_hf.cli", "upcycle", "someone/small-olmoe", str(output), "--no-group-norm"]
+        result = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        source = load(repository / "snapshots" / revision)
+        assert torch.equal(load(output).lm_head.weight, source.lm_head.weight)
+        assert [path.name for path in output.glob("*.py")] == ["vwn_remote_code.py"]
+    command[4] = "someone/nothing"
+    result = subprocess.run([*command[:5], str(tmp_path / "c")], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr and not (tmp_path / "c").exists()
+    print(result.stderr)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 
 
 @dataclass(frozen=True)
