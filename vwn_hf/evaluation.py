@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
-from rich.table import Table
+from rich.table import Column, Table
 
 
 class EvaluationRecipe(BaseModel):
@@ -67,7 +67,7 @@ def evaluate(recipe: EvaluationRecipe) -> dict[str, dict[str, dict[str, Any]]]:
 
 def results_table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
     """A row for each task and metric, a column for each checkpoint, with standard errors."""
-    table = Table("task", "metric", *results)
+    table = Table("task", "metric", *(Column(checkpoint, overflow="fold") for checkpoint in results))
     tasks = next(iter(results.values()))
     for task, scores in tasks.items():
         for metric, value in scores.items():
