@@ -41,6 +41,14 @@ def without_group_norm(settings):
 
 
 WAYS = [construct, from_class, from_dict, from_disk]
+DEFAULTS = {
+    "vwn_segments": 4,
+    "vwn_slots": 8,
+    "vwn_dynamic": True,
+    "vwn_embedding": "direct",
+    "vwn_group_norm": True,
+    "vwn_norm_eps": 1e-6,
+}
 REFUSED = {  # settings -> what the message must say: the value, the rule, the remedy
     "segments_that_do_not_divide": (
         {"vwn_segments": 5},
@@ -149,14 +157,7 @@ def test_defaults(family):
     vwn_config = AutoConfig.for_model(f"vwn_{family}")
     assert isinstance(vwn_config, config) and type(vwn_config).__name__ == f"Vwn{config.__name__}"
     assert vwn_config.model_type == f"vwn_{family}"
-    assert {name: getattr(vwn_config, name) for name in FIELDS} == {
-        "vwn_segments": 4,
-        "vwn_slots": 8,
-        "vwn_dynamic": True,
-        "vwn_embedding": "direct",
-        "vwn_group_norm": True,
-        "vwn_norm_eps": 1e-6,
-    }
+    assert {name: getattr(vwn_config, name) for name in FIELDS} == DEFAULTS
     native = config().to_dict()
     assert {key: vwn_config.to_dict()[key] for key in native if key != "model_type"} == {
         key: value for key, value in native.items() if key != "model_type"
@@ -224,14 +225,7 @@ def test_config_json_says_what_the_model_is(tmp_path):
     """The values that fix the shapes are in the file even where they are the defaults of today."""
     tiny_config("vwn_olmoe").save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert {name: written.get(name) for name in FIELDS} == {
-        "vwn_segments": 4,
-        "vwn_slots": 8,
-        "vwn_dynamic": True,
-        "vwn_embedding": "direct",
-        "vwn_group_norm": True,
-        "vwn_norm_eps": 1e-6,
-    }
+    assert {name: written.get(name) for name in FIELDS} == DEFAULTS
 
 
 def test_public_names():

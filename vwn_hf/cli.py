@@ -138,7 +138,7 @@ class clear_errors:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and not isinstance(error, MemoryError):
+        if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error
 

@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -138,11 +137,10 @@ class NextTokenLossTrainer(Trainer):
                 config.output_router_logits = True
 
 
-def train(recipe: TrainingRecipe, callbacks: list[TrainerCallback] | None = None, resume: bool = False) -> dict:
+def train(recipe: TrainingRecipe, resume: bool = False) -> dict:
     """Run a recipe and save model, tokenizer, recipe and the Trainer's state under its `training.output_dir`.
 
     Args:
-        callbacks: more of them for the Trainer.
         resume: go on from the last checkpoint in the output folder.
     Returns:
         the Trainer's metrics, those of the last evaluation among them.
@@ -167,7 +165,6 @@ def train(recipe: TrainingRecipe, callbacks: list[TrainerCallback] | None = None
         eval_dataset=packed_blocks(heldout.load(), tokenizer, recipe.data.sequence_length) if heldout else None,
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=callbacks,
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if heldout:
