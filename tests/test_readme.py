@@ -26,7 +26,9 @@ def test_python_snippets_run(tmp_path):
 def test_tables_name_every_family_and_every_field():
     for backbone in BACKBONES.values():
         assert f"`Vwn{backbone.prefix}Config`" in TEXT and hasattr(vwn_hf, f"Vwn{backbone.prefix}Config")
-    assert re.findall(r"^\| `(vwn_\w+)`", TEXT, re.MULTILINE) == list(VwnConfigMixin.__dataclass_fields__)
+    assert re.findall(r"^\| `(vwn_\w+|num_mtp_layers|mtp_\w+)`", TEXT, re.MULTILINE) == list(
+        VwnConfigMixin.__dataclass_fields__
+    )
 
 
 def test_the_tree_and_the_commands_are_those_of_the_package():

@@ -12,14 +12,22 @@ from .backbones import BACKBONES
 
 __version__ = "0.1.0"
 
-_MODULE_OF = {"GeneralizedHyperConnection": "hyper_connections", "UpcyclingError": "upcycling", "upcycle": "upcycling"}
-__all__ = ["GeneralizedHyperConnection", "UpcyclingError", "upcycle"]  # and VwnOlmoeConfig, VwnOlmoeModel, …
+_MODULE_OF = {
+    "GeneralizedHyperConnection": "hyper_connections",
+    "UpcyclingError": "upcycling",
+    "VwnTrainer": "training",
+    "VwnTrainerMixin": "training",
+    "upcycle": "upcycling",
+}
+__all__ = [*_MODULE_OF]  # and VwnOlmoeConfig, VwnOlmoeModel, …
 
 
 def __getattr__(name: str):
-    module = "modeling_vwn" if name.startswith("Vwn") else _MODULE_OF.get(name)
+    module = _MODULE_OF.get(name)
     if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if not name.startswith("Vwn"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = "modeling_vwn"
     return getattr(importlib.import_module(f".{module}", __name__), name)
 
 

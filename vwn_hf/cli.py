@@ -52,6 +52,8 @@ def upcycle(
     ] = None,
     slot_start: Annotated[str, typer.Option(help="Start of the extra columns: noise, copies or zeros.")] = "noise",
     seed: Annotated[int, typer.Option(help="Of that noise.")] = 0,
+    mtp_layers: Annotated[int, typer.Option(help="Modules of multi-token prediction to add.")] = 0,
+    drop_source_mtp: Annotated[bool, typer.Option(help="Leave out MTP tensors that the source ships.")] = False,
     revision: Annotated[Optional[str], typer.Option(help="Of a Hub id.")] = None,  # noqa: UP045
     verify: Annotated[bool, typer.Option(help="Compare logits with the source's before finishing.")] = True,
 ) -> None:

@@ -23,6 +23,8 @@ class VwnConfigMixin:
         vwn_group_norm: RMS norm in groups of `hidden_size` values before the reduce. None: wherever it can be,
             that is where vwn_slots is a multiple of vwn_segments.
         vwn_norm_eps: added to the mean square in the connections' norms and the group norm.
+        num_mtp_layers: K, modules of multi-token prediction; module k predicts the token k + 1 further on.
+        mtp_loss_weight: in training, the loss is the next-token loss + mtp_loss_weight · mean of the K MTP losses.
 
     Raises:
         ValueError, at construction, for a value that cannot be built.
@@ -34,6 +36,8 @@ class VwnConfigMixin:
     vwn_embedding: str = "direct"
     vwn_group_norm: bool | None = None
     vwn_norm_eps: float = 1e-6
+    num_mtp_layers: int = 0
+    mtp_loss_weight: float = 0.3
 
     def __post_init__(self, **kwargs):
         known = list(VwnConfigMixin.__dataclass_fields__)
@@ -83,6 +87,10 @@ class VwnConfigMixin:
             )
         if not 0 < self.vwn_norm_eps < math.inf:
             raise ValueError(f"vwn_norm_eps={self.vwn_norm_eps} must be positive and finite, for example 1e-6.")
+        if self.num_mtp_layers < 0:
+            raise ValueError(f"num_mtp_layers={self.num_mtp_layers} must not be negative; 0 is none.")
+        if not 0 <= self.mtp_loss_weight < math.inf:
+            raise ValueError(f"mtp_loss_weight={self.mtp_loss_weight} must be 0 or more and finite, for example 0.3.")
 
     @property
     def slot_width(self) -> int:

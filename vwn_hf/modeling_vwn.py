@@ -9,13 +9,19 @@ One token's way (B batch, S sequence, D hidden size, D' = n·d over-width, V voc
        │     feed_forward_connection                 its norm + MLP or experts at width D     [B, S, D'] -> [B, S, D']
        │  model.norm                              group norm, reduce, the family's norm      [B, S, D]
        │  lm_head                                 the family's                               [B, S, V]
+       │  mtp[k]                                  from the state before model.norm: multi_token_prediction.py
 
 Masks, rotary embeddings, cache, attention and expert kernels, router loss and parallel plans are the family's.
 The classes of a family, `VwnOlmoeConfig`, `VwnOlmoeModel`, `VwnOlmoeForCausalLM`, …, are made from its row in
 `backbones.py` by `build_family` when this module is imported.
 """
 
-from functools import cache
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, wraps
 from types import SimpleNamespace
 
 import torch
@@ -30,13 +36,29 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbones import BACKBONES, Backbone, Sublayer
 from .configuration_vwn import VwnConfigMixin
 from .hyper_connections import GeneralizedHyperConnection
+from .multi_token_prediction import (
+    IGNORED,
+    MtpAcceptance,
+    MtpCandidateGenerator,
+    MultiTokenPredictor,
+    StackRecord,
+    mtp_targets,
+    next_token_labels,
+    shift_left,
+)
 from .over_width import GroupNorm, OverWidthLinear, ProjectedEmbedding
 
 CONNECTIONS = ("attention_connection", "feed_forward_connection")
+MTP_NOT_TRAINED = (
+    "This step does not train the multi-token prediction modules: their loss is computed where the causal language "
+    "model is called with `labels`, and it was not. If that is intended, set num_mtp_layers=0. trl's SFTTrainer "
+    "computes its loss outside of the model: derive a trainer from vwn_hf.VwnTrainerMixin and SFTTrainer."
+)
 
 
 class VwnDecoderLayerMixin:
@@ -54,6 +76,13 @@ class VwnDecoderLayerMixin:
                 config.hidden_size, config.vwn_segments, config.vwn_slots, config.vwn_dynamic, config.vwn_norm_eps
             )
             self.add_module(name, connection)
+
+    def __call__(self, hidden_states: Tensor, *args, mtp_record: StackRecord | None = None, **kwargs) -> Tensor:
+        # here and not in `forward`, so that it stands outside of activation checkpointing's recomputation
+        output = super().__call__(hidden_states, *args, **kwargs)
+        if mtp_record is not None:
+            mtp_record.add(hidden_states, output, kwargs)
+        return output
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         hidden_states = self.attention_connection(
@@ -139,6 +168,8 @@ class VwnModelMixin(VwnPreTrainedMixin):
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
     ):
         """The family's forward. `inputs_embeds` is D' wide; with the projected embedding it may also be D wide."""
+        if self.config.num_mtp_layers and self.training and torch.is_grad_enabled() and "mtp_record" not in kwargs:
+            warnings.warn(MTP_NOT_TRAINED, stacklevel=2)
         if inputs_embeds is not None:
             inputs_embeds = self.to_virtual_width(inputs_embeds)
         return super().forward(
@@ -165,7 +196,14 @@ class VwnModelMixin(VwnPreTrainedMixin):
 
 
 class VwnCausalLMMixin(VwnPreTrainedMixin):
-    """A family's causal language model over its VWN base model."""
+    """A family's causal language model over its VWN base model, and its modules of multi-token prediction.
+
+    Attributes:
+        mtp: the modules, if `num_mtp_layers` is not 0.
+        mtp_acceptance: how far drafts were accepted in the last `generate(use_mtp=True)`.
+    """
+
+    mtp_acceptance: MtpAcceptance | None = None
 
     def __init__(self, config):
         device = torch.empty(0).device
@@ -178,7 +216,99 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
         for head in self.children():
             if head is not self.model:
                 head.to_empty(device=device)  # and `post_init` initializes it
+        if config.num_mtp_layers:
+            self.mtp = nn.ModuleList(self.new_mtp_module(config) for _ in range(config.num_mtp_layers))
         self.post_init()
+
+    def new_mtp_module(self, config) -> MultiTokenPredictor:
+        """A module whose decoder layer is like the stack's last; its attention keeps a cache of its own."""
+        layer = type(self.model.layers[-1])(config, config.num_hidden_layers - 1)
+        getattr(layer, self.backbone.attention.module).layer_idx = 0
+        norm = copy.deepcopy(self.model.norm)
+        return MultiTokenPredictor(layer, norm, config.slot_width, config.vwn_slots, config.vwn_norm_eps)
+
+    def mtp_losses(
+        self,
+        record: StackRecord,
+        next_tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Loss of each MTP module, [K]; entry k-1 is of the token k + 1 further on (k = 1: next-2-token loss).
+
+        Args:
+            record: of the pass through the decoder layers.
+            next_tokens: [B, S], label of the next token at each position, -100 where it is ignored.
+            num_items_in_batch: what the sum over targets is divided by, as in the next-token loss; None: their number.
+        """
+        arguments, state, losses = record.arguments_without_cache, record.state, []
+        for depth, module in enumerate(self.mtp, start=1):
+            targets = mtp_targets(next_tokens, depth, arguments.get("position_ids"), attention_mask)
+            state, hidden_states = module(state, shift_left(record.embedding, depth), **arguments)
+            count = (targets != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = self.loss_function(
+                logits=self.lm_head(hidden_states),
+                labels=None,
+                vocab_size=self.config.vocab_size,
+                shift_labels=targets,
+                num_items_in_batch=count,
+            )
+            losses.append(loss)
+        return torch.stack(losses)
+
+    def _get_candidate_generator(self, generation_config, *args, logits_processor, **kwargs):
+        # transformers' own MTP generator reads the modules from disk again and knows no over-width state
+        if not generation_config.use_mtp:
+            return super()._get_candidate_generator(
+                generation_config, *args, logits_processor=logits_processor, **kwargs
+            )
+        if not self.config.num_mtp_layers:
+            raise ValueError(
+                "use_mtp=True, but this model has no MTP modules (num_mtp_layers=0). Train one with num_mtp_layers, or "
+                "upcycle with mtp_layers, to draft with them; leave use_mtp out to generate without."
+            )
+        generator = MtpCandidateGenerator(self, logits_processor, generation_config.do_sample)
+        self.mtp_acceptance = generator.acceptance
+        return generator
+
+
+def forward_with_mtp(family_forward: Callable) -> Callable:
+    """A causal language model's forward that also computes the losses of multi-token prediction where it has labels.
+
+    The output gets `mtp_losses` [K]. In training, `loss` is the family's loss + mtp_loss_weight · their mean; in
+    evaluation it is the family's loss alone, so that perplexities are those of the next token.
+    """
+    names = list(inspect.signature(family_forward).parameters)[1:]
+
+    @can_return_tuple
+    @wraps(family_forward)
+    def forward(self, *args, **kwargs):
+        kwargs.update(zip(names, args, strict=False))
+        labels = kwargs.get("labels")
+        if labels is None or not self.config.num_mtp_layers or kwargs.get("past_key_values") is not None:
+            return family_forward(self, **kwargs)
+        record, next_tokens = StackRecord(), kwargs.get("shift_labels")
+        outputs = family_forward(self, **{**kwargs, "mtp_record": record, "return_dict": True})
+        losses = self.mtp_losses(
+            record,
+            next_token_labels(labels) if next_tokens is None else next_tokens,
+            kwargs.get("attention_mask"),
+            kwargs.get("num_items_in_batch"),
+        )
+        if self.training:
+            outputs["loss"] = outputs["loss"] + self.config.mtp_loss_weight * losses.mean()
+        return output_class_with_mtp(type(outputs))(**outputs, mtp_losses=losses)
+
+    return forward
+
+
+@cache
+def output_class_with_mtp(output_class: type[ModelOutput]) -> type[ModelOutput]:
+    """The family's output class with a field `mtp_losses` [K], findable by name for pickle."""
+    fields = {"__module__": __name__, "__annotations__": {"mtp_losses": Tensor | None}, "mtp_losses": None}
+    made = dataclass(type(f"Vwn{output_class.__name__}", (output_class,), fields))
+    globals()[made.__name__] = made
+    return made
 
 
 @cache
@@ -186,7 +316,13 @@ def build_family(backbone: Backbone) -> SimpleNamespace:
     """The VWN classes of a family: Config, DecoderLayer, Norm, Model, ForCausalLM."""
     family, prefix = backbone.modeling_class, f"Vwn{backbone.prefix}"
     config = strict(
-        _subclass(f"{prefix}Config", VwnConfigMixin, backbone.config_class, model_type=backbone.vwn_model_type)
+        _subclass(
+            f"{prefix}Config",
+            VwnConfigMixin,
+            backbone.config_class,
+            model_type=backbone.vwn_model_type,
+            keys_to_ignore_at_inference=[*backbone.config_class.keys_to_ignore_at_inference, "mtp_losses"],
+        )
     )
     layer = _subclass(f"{prefix}DecoderLayer", VwnDecoderLayerMixin, family("DecoderLayer"), backbone=backbone)
     norm = _subclass(f"{prefix}RMSNorm", VwnNormMixin, family("RMSNorm"))
@@ -196,8 +332,16 @@ def build_family(backbone: Backbone) -> SimpleNamespace:
         "_no_split_modules": [layer.__name__],
         "_keep_in_fp32_modules_strict": {*(family("PreTrainedModel")._keep_in_fp32_modules_strict or ()), *CONNECTIONS},
     }
-    model = _subclass(f"{prefix}Model", VwnModelMixin, family("Model"), **shared)
-    causal_lm = _subclass(f"{prefix}ForCausalLM", VwnCausalLMMixin, family("ForCausalLM"), **shared)
+    model = _subclass(
+        f"{prefix}Model", VwnModelMixin, family("Model"), **shared, _keys_to_ignore_on_load_unexpected=[r"^mtp\."]
+    )
+    causal_lm = _subclass(
+        f"{prefix}ForCausalLM",
+        VwnCausalLMMixin,
+        family("ForCausalLM"),
+        **shared,
+        forward=forward_with_mtp(family("ForCausalLM").forward),
+    )
     return SimpleNamespace(Config=config, DecoderLayer=layer, Norm=norm, Model=model, ForCausalLM=causal_lm)
 
 

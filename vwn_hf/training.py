@@ -122,19 +122,81 @@ def describe(problem: dict, schema: type[BaseModel]) -> str:
     return unknown_key(path, location[-1], list(schema.model_fields))
 
 
-class NextTokenLossTrainer(Trainer):
-    """A Trainer whose evaluation loss is the next-token loss alone, without the router's auxiliary loss."""
+class VwnTrainerMixin:
+    """Put before a Trainer class of transformers or trl: trains the MTP modules and reports next-token losses.
 
-    def evaluate(self, *args, **kwargs):
-        config = self.model.config
+    - Training takes the model's own loss, MTP included, also where the Trainer class would compute one outside of the
+      model (trl's SFTTrainer), and logs the MTP losses beside it: `mtp_loss_1` is the next-2-token loss, and so on.
+    - Evaluation gives the next-token loss alone, without the router's auxiliary loss, and `eval_mtp_loss_1`, ….
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._mtp_training, self._mtp_evaluation = LossSum(), LossSum()
+        self._step_of_last_log: int | None = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        losses = outputs.get("mtp_losses") if isinstance(outputs, dict) else None
+        if losses is not None:
+            self._keep_mtp_losses(losses.detach().float(), model.training, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _keep_mtp_losses(self, losses: torch.Tensor, training: bool, num_items_in_batch) -> None:
+        if num_items_in_batch is None and training:
+            losses = losses / self.current_gradient_accumulation_steps
+        elif num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            losses = losses * self.accelerator.num_processes  # they were divided by the items of all processes
+        if training and self._step_of_last_log is None:
+            self._step_of_last_log = self.state.global_step
+        (self._mtp_training if training else self._mtp_evaluation).add(losses)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self._mtp_training:
+            steps = self.state.global_step - self._step_of_last_log
+            logs |= self._mtp_training.take("mtp_loss", self.accelerator, divisor=steps)
+            self._step_of_last_log = self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        config = self.accelerator.unwrap_model(self.model).config
         adds_router_loss = getattr(config, "output_router_logits", False)
         if adds_router_loss:
             config.output_router_logits = False
         try:
-            return super().evaluate(*args, **kwargs)
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             if adds_router_loss:
                 config.output_router_logits = True
+        if self._mtp_evaluation:
+            name, batches = f"{metric_key_prefix}_mtp_loss", self._mtp_evaluation.count
+            output.metrics.update(self._mtp_evaluation.take(name, self.accelerator, divisor=batches))
+        return output
+
+
+class LossSum:
+    """Sum of vectors of losses [K]; true once it has one."""
+
+    def __init__(self):
+        self.total: torch.Tensor | None = None
+        self.count = 0
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def add(self, losses: torch.Tensor) -> None:
+        self.total = losses if self.total is None else self.total + losses
+        self.count += 1
+
+    def take(self, name: str, accelerator, divisor: int) -> dict[str, float]:
+        """`name`_1, `name`_2, …: the sum over `divisor`, mean over processes. The sum begins anew."""
+        means = accelerator.reduce(self.total, "mean") / divisor
+        self.__init__()
+        return {f"{name}_{depth}": loss for depth, loss in enumerate(means.tolist(), start=1)}
+
+
+class VwnTrainer(VwnTrainerMixin, Trainer):
+    """transformers' Trainer for VWN models."""
 
 
 def train(recipe: TrainingRecipe, resume: bool = False) -> dict:
@@ -158,7 +220,7 @@ def train(recipe: TrainingRecipe, resume: bool = False) -> dict:
     keep_cache = model.config.use_cache
     blocks = packed_blocks(recipe.data.train.load(), tokenizer, recipe.data.sequence_length)
     heldout = recipe.data.evaluation
-    trainer = NextTokenLossTrainer(
+    trainer = VwnTrainer(
         model=model,
         args=arguments,
         train_dataset=blocks,
