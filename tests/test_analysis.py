@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from vwn_hf.analysis import DENSE_LAYER_BYTES, SCHEMES, cost, mean_visible_keys, measure, read_config
 from vwn_hf.cli import app
-from vwn_hf.configuration_vwn import EMBEDDING_FORMS, VwnConfigMixin
+from vwn_hf.configuration_vwn import EMBEDDING_FORMS
 from vwn_hf.hyper_connections import GeneralizedHyperConnection
 from vwn_hf.modeling_vwn import CONNECTIONS
 from vwn_hf.over_width import GroupNorm, OverWidthLinear
@@ -36,7 +36,7 @@ FORMS += [
         {"num_mtp_layers": 2},
         {"num_mtp_layers": 1, "vwn_embedding": "projected", "vwn_dynamic": False},
     )
-    if set(option) <= set(VwnConfigMixin.__dataclass_fields__)
+    if all(hasattr(tiny_config("vwn_llama"), field) for field in option)
 ]
 
 

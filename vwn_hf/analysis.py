@@ -31,6 +31,13 @@ DENSE_LAYER_BYTES = 34  # kept by a standard layer at 16 bits, in bytes per toke
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 NOW = "now"
 
+# In the order of one token's way; "MTP " stands before those of a multi-token prediction module.
+PARTS = (
+    "embedding", "mixing", "connection norm", "connection coefficients", "connection read", "connection carry",
+    "connection write", "attention projections", "attention scores", "router", "experts", "feed-forward",
+    "group norm", "reduce", "norms", "lm_head",
+)  # fmt: skip
+
 # Least memory of one connection, fused, in values per token as multiples of (D', D) for each of: kept for backward
 # over what the backbone keeps, moved in the forward pass, moved in the backward pass. Reading and writing a value
 # are one move each. H' alone is kept (η = 1) besides the sublayer's output z, which stands for the residual stream
@@ -217,7 +224,8 @@ def count(
         flops += module_flops(name, module, config, backbone, sequence_length)
     if hasattr(model, "mtp"):
         flops["MTP lm_head"] = len(model.mtp) * flops["lm_head"]
-    return {part: (parameters[part], active[part], flops[part]) for part in {**parameters, **flops}}
+    names = sorted({*parameters, *flops}, key=lambda name: PARTS.index(name.removeprefix("MTP ")))
+    return {name: (parameters[name], active[name], flops[name]) for name in names}
 
 
 def active_share(name: str, parameter: Tensor, config: PreTrainedConfig) -> float:
@@ -282,7 +290,7 @@ def measure_memory(model: PreTrainedModel, config: PreTrainedConfig, dtype: str)
     """Memory of VWN's modules: measured, and for connections under the schemes of fused kernels too."""
     modules: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
-        if kind := memory_part(name, module):
+        if kind := memory_part(name):
             modules.setdefault(kind, []).append(module)
     rows = []
     for part, alike in modules.items():
@@ -294,7 +302,7 @@ def measure_memory(model: PreTrainedModel, config: PreTrainedConfig, dtype: str)
     return rows
 
 
-def memory_part(name: str, module: nn.Module) -> str | None:
+def memory_part(name: str) -> str | None:
     """What a module's memory is counted under; None for the backbone's modules and for parts of connections."""
     kinds = {"embed_tokens.expansion": "embedding map", "group_norm": "group norm", "reduce": "reduce"}
     kinds |= dict.fromkeys(CONNECTIONS, "connections")
