@@ -8,7 +8,7 @@ import torch
 from conftest import FAMILIES, MOE_FAMILIES, SHARED, tiny_config, tiny_model, tiny_vwn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, OlmoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vwn_hf.analysis import DENSE_LAYER_BYTES, SCHEMES, cost, mean_visible_keys, measure, read_config
@@ -17,7 +17,6 @@ from vwn_hf.configuration_vwn import EMBEDDING_FORMS
 from vwn_hf.hyper_connections import GeneralizedHyperConnection
 from vwn_hf.modeling_vwn import CONNECTIONS
 from vwn_hf.over_width import GroupNorm, OverWidthLinear
-from vwn_hf.upcycling import widen_config
 
 LENGTH = 16
 SIZES = [(1, 1), (1, 4), (2, 3), (4, 8), (8, 64)]
@@ -42,8 +41,7 @@ FORMS += [
 
 def olmoe_1b_7b(segments, slots):
     """The dimensions of allenai/OLMoE-1B-7B-0924."""
-    options = {"dynamic": True, "embedding": None, "group_norm": None}
-    return widen_config(OlmoeConfig(intermediate_size=1024), segments=segments, slots=slots, **options)
+    return AutoConfig.for_model("vwn_olmoe", intermediate_size=1024, vwn_segments=segments, vwn_slots=slots)
 
 
 def counted_flops(model, with_loss=False):

@@ -7,6 +7,7 @@ Letters: D hidden size, m segments, n slots, d = D/m, D' = n·d = r·D. Source: 
 """
 
 import copy
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from .configuration_vwn import VwnConfigMixin
 from .hyper_connections import GeneralizedHyperConnection, SlotNorm
 from .modeling_vwn import CONNECTIONS
 from .over_width import GroupNorm
-from .upcycling import widen_config
+from .upcycling import UpcyclingRecipe, widen_config
 
 DENSE_LAYER_BYTES = 34  # kept by a standard layer at 16 bits, in bytes per token and unit of D: arXiv:2205.05198
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -391,21 +392,15 @@ FIGURES = ("parameters", "active_parameters", "flops_per_token")
 
 
 def read_config(
-    source: str | Path,
-    *,
-    segments: int | None = None,
-    slots: int | None = None,
-    dynamic: bool = True,
-    embedding: str | None = None,
-    group_norm: bool | None = None,
-    revision: str | None = None,
+    source: str | Path, *, segments: int | None = None, slots: int | None = None, revision: str | None = None, **options
 ) -> PreTrainedConfig:
     """The VWN config of a VWN checkpoint, or of a backbone's widened by `upcycling.widen_config`.
 
     Args:
         source: checkpoint folder, config.json or Hub id.
-        segments, slots, dynamic, embedding, group_norm: how to widen a backbone's config (`upcycling.upcycle`).
+        segments, slots: m and n, to widen a backbone's config.
         revision: of a Hub id.
+        options: others of `upcycling.widen_config`; their defaults are those of `upcycling.upcycle`.
     Raises:
         ValueError: sizes are missing for a backbone, or given for a VWN checkpoint. OSError: there is no such config.
     """
@@ -414,9 +409,9 @@ def read_config(
         return config
     if not isinstance(config, VwnConfigMixin) and None in (segments, slots):
         raise ValueError(f"{source} is a {config.model_type} model, no VWN: give segments and slots to widen it.")
-    return widen_config(
-        config, segments=segments, slots=slots, dynamic=dynamic, embedding=embedding, group_norm=group_norm
-    )
+    names = list(inspect.signature(widen_config).parameters)[1:]
+    defaults = {name: UpcyclingRecipe.model_fields[name].default for name in names}
+    return widen_config(config, **{**defaults, "segments": segments, "slots": slots, **options})
 
 
 def cost_table(figures: Cost) -> Group:
