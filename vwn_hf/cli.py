@@ -108,6 +108,30 @@ def evaluate(
 
 
 @app.command()
+def cost(
+    source: Annotated[str, typer.Argument(help="VWN or backbone checkpoint: folder, config.json or Hub id.")],
+    segments: Annotated[Optional[int], typer.Option(help="m, to widen a backbone.")] = None,  # noqa: UP045
+    slots: Annotated[Optional[int], typer.Option(help="n, to widen a backbone.")] = None,  # noqa: UP045
+    dynamic: Annotated[bool, typer.Option(help="Of a backbone widened here.")] = True,
+    embedding: Annotated[Optional[str], typer.Option(help="direct or projected, likewise.")] = None,  # noqa: UP045
+    group_norm: Annotated[Optional[bool], typer.Option(help="Norm before the reduce, likewise.")] = None,  # noqa: UP045
+    revision: Annotated[Optional[str], typer.Option(help="Of a Hub id.")] = None,  # noqa: UP045
+    sequence_length: Annotated[int, typer.Option(help="What attention reaches over.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="Of weights and states.")] = "bfloat16",
+) -> None:
+    """Show the parameters, FLOPs, activations and bytes moved that VWN adds to a backbone; downloads no weights."""
+    from rich.console import Console
+
+    from .analysis import cost as run
+    from .analysis import cost_table, read_config
+
+    widening = {"segments": segments, "slots": slots, "dynamic": dynamic, "embedding": embedding}
+    with clear_errors():
+        config = read_config(source, **widening, group_norm=group_norm, revision=revision)
+        Console().print(cost_table(run(config, sequence_length, dtype)))
+
+
+@app.command()
 def corpus(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer.")] = 2048,
