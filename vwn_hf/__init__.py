@@ -12,8 +12,18 @@ from .backbones import BACKBONES
 
 __version__ = "0.1.0"
 
-_MODULE_OF = {"GeneralizedHyperConnection": "hyper_connections", "UpcyclingError": "upcycling", "upcycle": "upcycling"}
-__all__ = ["GeneralizedHyperConnection", "UpcyclingError", "upcycle"]  # and VwnOlmoeConfig, VwnOlmoeModel, …
+_MODULE_OF = {
+    "GeneralizedHyperConnection": "hyper_connections",
+    "UpcyclingError": "upcycling",
+    "added_parameters": "modeling_vwn",
+    "upcycle": "upcycling",
+}
+__all__ = [
+    "GeneralizedHyperConnection",
+    "UpcyclingError",
+    "added_parameters",
+    "upcycle",
+]  # and VwnOlmoeConfig, VwnOlmoeModel, …
 
 
 def __getattr__(name: str):
