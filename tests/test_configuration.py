@@ -84,7 +84,10 @@ REFUSED = {  # settings -> what the message must say: the value, the rule, the r
             "Set vwn_group_norm=False",
         ],
     ),
-    "embedding_form": ({"vwn_embedding": "factorized"}, ["vwn_embedding='factorized'", "'direct', 'projected'"]),
+    "embedding_form": (
+        {"vwn_embedding": "factorized"},
+        ["vwn_embedding='factorized'", "'direct', 'projected', 'scaled_copies'"],
+    ),
     "zero_eps": ({"vwn_norm_eps": 0.0}, ["vwn_norm_eps=0.0", "must be positive", "1e-6"]),
     "negative_eps": ({"vwn_norm_eps": -1e-6}, ["vwn_norm_eps=-1e-06", "must be positive", "1e-6"]),
     "infinite_eps": ({"vwn_norm_eps": float("inf")}, ["vwn_norm_eps=inf", "positive and finite", "1e-6"]),

@@ -20,10 +20,12 @@ EMBEDDINGS = {
     "direct": {},
     "projected": {"vwn_embedding": "projected"},
     "tied": {"vwn_embedding": "projected", "tie_word_embeddings": True},
+    "scaled_copies": {"vwn_embedding": "scaled_copies"},
+    "tied_scaled_copies": {"vwn_embedding": "scaled_copies", "tie_word_embeddings": True},
 }
 ADDED = re.compile(
     r"model\.layers\.\d+\.(attention|feed_forward)_connection\.((read|carry|write)\.(bias|proj|scale)|slot_norm\.weight)"
-    r"|model\.norm\.(reduce|group_norm)\.weight|model\.embed_tokens\.expansion\.weight"
+    r"|model\.norm\.(reduce|group_norm)\.weight|model\.embed_tokens\.(expansion\.weight|slot_scale\.bias)"
 )
 ROUTER_LOSS_FAMILIES = [family for family in MOE_FAMILIES if family != "deepseek_v3"]  # has no router loss
 
@@ -64,7 +66,7 @@ def test_saved_and_loaded_it_is_the_same(family, embedding, size, tmp_path, toke
     loaded = load(tmp_path)
     assert type(loaded) is type(model)
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (embedding == "tied")
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == embedding.startswith("tied")
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
@@ -447,7 +449,7 @@ def test_router_loss(family, tokens):
     assert gates
 
 
-@pytest.mark.parametrize("embedding", ["direct", "projected"])
+@pytest.mark.parametrize("embedding", ["direct", "projected", "scaled_copies"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inputs_embeds(family, embedding, tokens):
     model = tiny_vwn(family, **EMBEDDINGS[embedding])
@@ -457,7 +459,7 @@ def test_inputs_embeds(family, embedding, tokens):
         assert wide.shape == (2, 13, 96)
         assert torch.equal(model(inputs_embeds=wide).logits, expected)
         narrow = model.get_input_embeddings().weight[tokens]
-        if embedding == "projected":
+        if embedding != "direct":
             assert narrow.shape == (2, 13, 48)
             assert torch.equal(model(inputs_embeds=narrow).logits, expected)
             rule = "50 wide; this model takes vwn_slots · hidden_size / vwn_segments = 96, or hidden_size = 48"
@@ -528,6 +530,9 @@ def test_weight_decay_leaves_biases_and_norms_alone():
         assert (name in decayed) == name.endswith((".proj", ".scale")), name
     assert "model.norm.group_norm.weight" not in decayed
     assert {"model.embed_tokens.weight", "model.embed_tokens.expansion.weight"} <= decayed
+    scaled = tiny_vwn("olmoe", vwn_embedding="scaled_copies")
+    assert "model.embed_tokens.slot_scale.bias" in dict(scaled.named_parameters())
+    assert "model.embed_tokens.slot_scale.bias" not in Trainer.get_decay_parameter_names(None, scaled)
 
 
 # ---- vocabulary
@@ -546,7 +551,7 @@ def test_resized_vocabulary(embedding, size, mean_resizing, tmp_path, tokens):
     assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == size
     kept = min(size, 99)
     assert_close(logits(model, tokens)[..., :kept], expected[..., :kept], rtol=1e-5, atol=1e-5)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (embedding == "tied")
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == embedding.startswith("tied")
     tokens[0, 0] = size - 1
     actual = logits(model, tokens)
     assert actual.shape == (2, 13, size) and actual.isfinite().all()
@@ -664,6 +669,8 @@ def assert_started(model, std):
         expansion = model.model.embed_tokens.expansion.weight
         assert torch.equal(expansion[:D], torch.eye(D))
         assert 0.8 < expansion[D:].std() * D**0.5 < 1.2
+    if config.vwn_embedding == "scaled_copies":
+        assert model.model.embed_tokens.slot_scale.bias.tolist() == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5]
 
 
 @pytest.fixture

@@ -1,17 +1,19 @@
 """Recipes are strict; a run trains, keeps its settings, and can be continued."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from conftest import tiny_model, tiny_vwn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from vwn_hf import upcycle
+from vwn_hf import added_parameters, upcycle
 from vwn_hf.data import write_standard_library_corpus
 from vwn_hf.evaluation import EvaluationRecipe
-from vwn_hf.training import RecipeError, TrainingRecipe, read_recipe, train
+from vwn_hf.training import AddedParameters, RecipeError, SeparateRatesTrainer, TrainingRecipe, read_recipe, train
 from vwn_hf.upcycling import UpcyclingRecipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -76,6 +78,8 @@ def test_every_recipe_of_the_repository_is_valid(path):
         ({"data.train.split_": "x"}, "Unknown key data.train.split_; did you mean split?"),
         ({"data.evaluation.columns": "x"}, "Unknown key data.evaluation.columns"),
         ({"training.lr": 1}, "Unknown key training.lr"),
+        ({"added.learning_rat": 1}, "Unknown key added.learning_rat; did you mean learning_rate?"),
+        ({"added.learning_rate": -1}, "added.learning_rate: .*got -1"),
         ({"training.learning_rat": 1}, "Unknown key training.learning_rat; did you mean learning_rate?"),
         ({"data.sequence_length": "long"}, "data.sequence_length: .*got 'long'"),
         ({"model": "x"}, "Give either model"),
@@ -141,14 +145,84 @@ def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(corpus, tmp_path
 
 
 def test_static_parts_are_not_decayed_and_dynamic_ones_are(corpus, tmp_path):
-    from conftest import tiny_vwn
-
     trainer = Trainer(tiny_vwn("olmoe"), TrainingArguments(str(tmp_path), use_cpu=True, weight_decay=0.1))
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
     connection = [name for name, _ in trainer.model.named_parameters() if "_connection" in name]
     assert connection
     for name in connection:
         assert (name in decayed) == name.endswith((".proj", ".scale")), name
+
+
+ADDED = re.compile(r"_connection\.|\.norm\.(reduce|group_norm)\.|\.embed_tokens\.(expansion|slot_scale)\.")
+
+
+@pytest.mark.parametrize("embedding", ["direct", "projected", "scaled_copies"])
+def test_what_vwn_added_is_what_the_backbone_does_not_have(embedding):
+    model, native = tiny_vwn("olmoe", vwn_embedding=embedding), tiny_model("olmoe")
+    backbone = {name for name, _ in native.named_parameters()}
+    added = added_parameters(model)
+    assert added == [name for name, _ in model.named_parameters() if name not in backbone]
+    assert all(ADDED.search(name) for name in added) and added_parameters(native) == []
+    model.mtp = torch.nn.Linear(2, 2)
+    assert added_parameters(model) == [*added, "mtp.weight", "mtp.bias"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"learning_rate": 0.05}, {"learning_rate": 0.05, "weight_decay": 0.0}])
+def test_each_parameter_is_in_one_group_with_its_rate_and_decay(settings, tmp_path):
+    model = tiny_vwn("olmoe", vwn_embedding="scaled_copies")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=0.01, weight_decay=0.1, adam_beta1=0.8)
+    trainer = SeparateRatesTrainer(model=model, args=arguments, added=AddedParameters(**settings))
+    names, seen = {parameter: name for name, parameter in model.named_parameters()}, []
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            seen.append(name)
+            added = bool(ADDED.search(name))
+            plain = any(part in name for part in ("bias", "norm."))
+            decay = 0.0 if plain else settings.get("weight_decay", 0.1) if added else 0.1
+            assert group["lr"] == (settings.get("learning_rate", 0.01) if added else 0.01), name
+            assert group["weight_decay"] == decay and group["betas"] == (0.8, 0.999), name
+    assert sorted(seen) == sorted(names.values())
+
+
+def test_the_schedule_scales_each_group_from_its_own_rate(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=0.01, lr_scheduler_type="linear")
+    added = AddedParameters(learning_rate=0.05)
+    trainer = SeparateRatesTrainer(model=tiny_vwn("olmoe"), args=arguments, added=added)
+    trainer.create_optimizer_and_scheduler(num_training_steps=4)
+    trainer.optimizer.step()
+    trainer.lr_scheduler.step()
+    assert trainer.lr_scheduler.get_last_lr() == pytest.approx([0.0075, 0.0075, 0.0375, 0.0375])
+
+
+def test_a_rate_of_zero_leaves_what_vwn_added_where_it_was(corpus, tmp_path):
+    path = write(tmp_path, tiny_recipe(corpus, tmp_path / "out", save_strategy="steps", save_steps=6))
+    recipe = read_recipe(path, ["added.learning_rate=0", "training.weight_decay=0.1"], TrainingRecipe)
+    train(recipe)
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    connection = "model.layers.0.attention_connection."
+    assert not state[connection + "read.proj"].any() and torch.equal(state[connection + "carry.bias"], torch.eye(4))
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["added"] == {"learning_rate": 0.0}
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-6").state_dict()
+    assert not torch.equal(first["lm_head.weight"], state["lm_head.weight"])
+
+
+def test_a_run_with_separate_rates_resumes_where_it_was(corpus, tmp_path):
+    content = {"added": {"learning_rate": 0.03, "weight_decay": 0.2}}
+    recipes = [
+        TrainingRecipe(**content, **tiny_recipe(corpus, tmp_path / name, save_strategy="steps", save_steps=6))
+        for name in ("whole", "parts")
+    ]
+    whole, _ = (train(recipe) for recipe in recipes)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-12")
+    assert train(recipes[1], resume=True)["eval_loss"] == whole["eval_loss"]
+
+
+def test_separate_rates_that_reach_nothing_are_refused(corpus, tmp_path):
+    content = tiny_recipe(corpus, tmp_path / "out") | {"added": {"learning_rate": 0.03}}
+    native = {key: value for key, value in content["config"].items() if not key.startswith("vwn_")}
+    with pytest.raises(RecipeError, match="no trainable parameters that VWN added"):
+        train(TrainingRecipe(**{**content, "config": native | {"model_type": "olmoe"}}))
 
 
 def test_an_upcycled_checkpoint_trains_on(corpus, tmp_path):

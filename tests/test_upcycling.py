@@ -58,7 +58,7 @@ def test_group_norm_moves_logits_by_rounding_only(family, tmp_path, tokens):
 
 
 @pytest.mark.parametrize(("segments", "slots"), [(1, 1), (1, 4), (2, 3), (4, 4), (3, 8), (8, 64)])
-@pytest.mark.parametrize("embedding", ["direct", "projected"])
+@pytest.mark.parametrize("embedding", ["direct", "projected", "scaled_copies"])
 def test_every_shape_and_embedding_form_is_exact(segments, slots, embedding, tmp_path):
     save(tiny_model("olmoe"), tmp_path / "source")
     report = upcycle(
@@ -82,6 +82,31 @@ def test_starts_of_the_extra_columns(start, embedding, tmp_path):
         assert not extra.any()
     else:
         assert 0.7 < extra.std() / table.std() < 1.4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scaled_copies_keep_the_table_and_the_logits(family, tied, tmp_path, tokens):
+    save(tiny_model(family, tie_word_embeddings=tied), tmp_path / "source")
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", slots=10, slot_start="scaled_copies", group_norm=False)
+    source, model = load(tmp_path / "source"), load(tmp_path / "vwn")
+    assert report.logits_equal and report.embedding == report.slot_start == "scaled_copies" and not report.untied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, source(tokens).logits)
+        embedded = model.get_input_embeddings()(tokens).unflatten(-1, (10, 12))
+    table = source.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, table)
+    for slot, factor in enumerate([1, 1, 1, 1, 1 / 2, 1 / 2, 1 / 2, 1 / 2, 1 / 3, 1 / 3]):
+        segment = slot % 4
+        expected = table[tokens][..., segment * 12 : segment * 12 + 12] * torch.tensor(factor)
+        assert torch.equal(embedded[..., slot, :], expected), slot
+
+
+def test_scaled_copies_are_implied_by_the_embedding_form(tmp_path):
+    save(tiny_model("olmoe"), tmp_path / "source")
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", embedding="scaled_copies", group_norm=False)
+    assert report.slot_start == "scaled_copies" and report.logits_equal
 
 
 def test_static_connections_are_exact(tmp_path):
@@ -219,6 +244,8 @@ def test_a_changed_function_is_an_error_and_leaves_nothing(tmp_path, monkeypatch
         ({"slots": 3}, "slots=3 is less than segments=4"),
         ({"slots": 6, "group_norm": True}, "vwn_group_norm=True with vwn_slots=6"),
         ({"slot_start": "ones"}, "slot_start='ones'"),
+        ({"slot_start": "scaled_copies", "embedding": "projected"}, "contradict each other"),
+        ({"slot_start": "noise", "embedding": "scaled_copies"}, "contradict each other"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(options, message, tmp_path):

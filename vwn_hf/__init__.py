@@ -17,6 +17,7 @@ _MODULE_OF = {
     "UpcyclingError": "upcycling",
     "VwnTrainer": "training",
     "VwnTrainerMixin": "training",
+    "added_parameters": "modeling_vwn",
     "upcycle": "upcycling",
 }
 __all__ = [*_MODULE_OF]  # and VwnOlmoeConfig, VwnOlmoeModel, …

@@ -44,13 +44,16 @@ def upcycle(
     dynamic: Annotated[bool, typer.Option(help="Let the connections depend on the token.")] = True,
     embedding: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="direct or projected; default: projected if the source ties its embeddings."),
+        typer.Option(help="direct, projected or scaled_copies; default: projected if the source ties its embeddings."),
     ] = None,
     group_norm: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option(help="Norm before the reduce; default: where slots is a multiple of segments."),
     ] = None,
-    slot_start: Annotated[str, typer.Option(help="Start of the extra columns: noise, copies or zeros.")] = "noise",
+    slot_start: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Start of the extra slots: noise, copies, zeros or scaled_copies; default: noise."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of that noise.")] = 0,
     mtp_layers: Annotated[int, typer.Option(help="Modules of multi-token prediction to add.")] = 0,
     drop_source_mtp: Annotated[bool, typer.Option(help="Leave out MTP tensors that the source ships.")] = False,

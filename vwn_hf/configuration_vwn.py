@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .hyper_connections import check_widths
 
-EMBEDDING_FORMS = ("direct", "projected")
+EMBEDDING_FORMS = ("direct", "projected", "scaled_copies")
 REMOTE_CODE_STUB = "vwn_remote_code"
 
 
@@ -19,7 +19,8 @@ class VwnConfigMixin:
         vwn_segments: m, number of equal segments the backbone's width `hidden_size` is cut into.
         vwn_slots: n ≥ m, number of slots of the over-width state; each is `hidden_size / vwn_segments` wide.
         vwn_dynamic: whether the connections' matrices depend on the token.
-        vwn_embedding: "direct", one table [vocab, D'], or "projected", a table [vocab, D] and a map [D', D].
+        vwn_embedding: "direct", one table [vocab, D'], or "projected", a table [vocab, D] and a map [D', D], or
+            "scaled_copies", a table [vocab, D] copied into the slots, each times one learned factor.
         vwn_group_norm: RMS norm in groups of `hidden_size` values before the reduce. None: wherever it can be,
             that is where vwn_slots is a multiple of vwn_segments.
         vwn_norm_eps: added to the mean square in the connections' norms and the group norm.
@@ -82,8 +83,8 @@ class VwnConfigMixin:
         if self.tie_word_embeddings and self.vwn_embedding == "direct" and self.vwn_slots != self.vwn_segments:
             raise ValueError(
                 f"tie_word_embeddings=True with vwn_embedding='direct': lm_head is {self.hidden_size} wide and cannot "
-                f"share a table that is {self.virtual_width} wide. Set vwn_embedding='projected', whose table keeps "
-                "the backbone's width, or tie_word_embeddings=False."
+                f"share a table that is {self.virtual_width} wide. Set vwn_embedding='projected' or "
+                "'scaled_copies', whose table keeps the backbone's width, or tie_word_embeddings=False."
             )
         if not 0 < self.vwn_norm_eps < math.inf:
             raise ValueError(f"vwn_norm_eps={self.vwn_norm_eps} must be positive and finite, for example 1e-6.")

@@ -51,7 +51,7 @@ from .multi_token_prediction import (
     next_token_labels,
     shift_left,
 )
-from .over_width import GroupNorm, OverWidthLinear, ProjectedEmbedding
+from .over_width import GroupNorm, OverWidthLinear, ProjectedEmbedding, ScaledCopiesEmbedding
 
 CONNECTIONS = ("attention_connection", "feed_forward_connection")
 MTP_NOT_TRAINED = (
@@ -156,6 +156,10 @@ class VwnModelMixin(VwnPreTrainedMixin):
             self.embed_tokens = ProjectedEmbedding(
                 config.vocab_size, config.hidden_size, config.virtual_width, self.padding_idx
             )
+        elif config.vwn_embedding == "scaled_copies":
+            self.embed_tokens = ScaledCopiesEmbedding(
+                config.vocab_size, config.hidden_size, config.vwn_segments, config.vwn_slots, self.padding_idx
+            )
         else:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.virtual_width, self.padding_idx)
         for layer in self.layers:
@@ -167,7 +171,7 @@ class VwnModelMixin(VwnPreTrainedMixin):
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
     ):
-        """The family's forward. `inputs_embeds` is D' wide; with the projected embedding it may also be D wide."""
+        """The family's forward. `inputs_embeds` is D' wide; unless the embedding is direct, it may also be D wide."""
         if self.config.num_mtp_layers and self.training and torch.is_grad_enabled() and "mtp_record" not in kwargs:
             warnings.warn(MTP_NOT_TRAINED, stacklevel=2)
         if inputs_embeds is not None:
@@ -185,10 +189,10 @@ class VwnModelMixin(VwnPreTrainedMixin):
         width, config = inputs_embeds.shape[-1], self.config
         if width == config.virtual_width:
             return inputs_embeds
-        if width == config.hidden_size and config.vwn_embedding == "projected":
-            return self.embed_tokens.expansion(inputs_embeds)
+        if width == config.hidden_size and config.vwn_embedding != "direct":
+            return self.embed_tokens.widen(inputs_embeds)
         rule = f"vwn_slots · hidden_size / vwn_segments = {config.virtual_width}"
-        if config.vwn_embedding == "projected":
+        if config.vwn_embedding != "direct":
             rule += f", or hidden_size = {config.hidden_size}"
         raise ValueError(
             f"inputs_embeds is {width} wide; this model takes {rule}. Make them with model.get_input_embeddings()."
@@ -350,6 +354,17 @@ def _subclass(name: str, mixin: type, family_class: type, **attributes) -> type:
     made = type(name, (mixin, family_class), {"__module__": __name__, "__doc__": mixin.__doc__, **attributes})
     globals()[name] = made
     return made
+
+
+def added_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that VWN added to the backbone's: all but the backbone's own modules and the table.
+
+    Connections, reduce, group norm, what widens a D wide table, and prediction modules (`mtp.`), in the model's
+    order. The direct table is one tensor, so it counts as the backbone's. Of a plain backbone: none.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "initial_values")]
+    added = {parameter for module in modules for parameter in module.parameters(recurse=False)}
+    return [name for name, parameter in model.named_parameters() if parameter in added or "mtp" in name.split(".")]
 
 
 def register_family(backbone: Backbone) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .hyper_connections import at_least_float32
+from .hyper_connections import at_least_float32, reset_parameters
 
 
 class OverWidthLinear(nn.Linear):
@@ -47,8 +47,57 @@ class ProjectedEmbedding(nn.Embedding):
         super().__init__(num_embeddings, hidden_size, padding_idx)
         self.expansion = OverWidthLinear(hidden_size, virtual_width, std=1 / math.sqrt(hidden_size))
 
+    def widen(self, embeddings: Tensor) -> Tensor:
+        return self.expansion(embeddings)
+
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.expansion(super().forward(input_ids))
+        return self.widen(super().forward(input_ids))
+
+
+class SlotScale(nn.Module):
+    """Over-width values from D wide ones: copies of the segments, with one learned factor per slot.
+
+        slot[i] = bias[i] · segment[i mod m]                          [..., D] -> [..., D']
+
+    The factors [n] start at 1 / (1 + i // m): the first copy is exact, and each further one has a smaller share of
+    the embedding beside the same sublayer outputs, so that no two copies start out as the same state.
+    They are called `bias`, as the connections' static matrices are, because every Trainer leaves that name out of
+    weight decay: a factor that is decayed shrinks the embedding itself.
+    """
+
+    def __init__(self, segments: int, slots: int):
+        super().__init__()
+        self.segments = segments
+        self.bias = nn.Parameter(torch.empty(slots))
+        reset_parameters(self)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        copy_number = torch.arange(len(self.bias)) // self.segments
+        return {"bias": 1 / (1 + copy_number)}
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        source = torch.arange(len(self.bias), device=hidden_states.device) % self.segments
+        copies = hidden_states.unflatten(-1, (self.segments, -1))[..., source, :]  # [..., n, d]
+        return (copies * self.bias.to(copies.dtype)[:, None]).flatten(-2)
+
+
+class ScaledCopiesEmbedding(nn.Embedding):
+    """Over-width embedding of a table [V, D] alone: its rows, copied cyclically, each slot times a learned factor.
+
+    Token ids [...] -> [..., D']. The table stays D wide, so that a tied `lm_head` can go on sharing it.
+    """
+
+    def __init__(
+        self, num_embeddings: int, hidden_size: int, segments: int, slots: int, padding_idx: int | None = None
+    ):
+        super().__init__(num_embeddings, hidden_size, padding_idx)
+        self.slot_scale = SlotScale(segments, slots)
+
+    def widen(self, embeddings: Tensor) -> Tensor:
+        return self.slot_scale(embeddings)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.widen(super().forward(input_ids))
 
 
 class GroupNorm(nn.Module):

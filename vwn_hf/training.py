@@ -22,6 +22,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from .data import DataSource, packed_blocks
+from .modeling_vwn import added_parameters
 
 
 class RecipeError(ValueError):
@@ -38,6 +39,15 @@ class TextData(BaseModel):
     sequence_length: int = Field(512, gt=1)
 
 
+class AddedParameters(BaseModel):
+    """How to train what VWN added, where it is to differ from `training`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    learning_rate: float | None = Field(None, ge=0, allow_inf_nan=False, description="peak; default: training's")
+    weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False, description="default: training's")
+
+
 class TrainingRecipe(BaseModel):
     """What `vwn-hf train` reads. Exactly one of `model` and `config` is given."""
 
@@ -48,6 +58,7 @@ class TrainingRecipe(BaseModel):
     tokenizer: str | None = Field(None, description="tokenizer's folder or Hub id; default: that of `model`")
     data: TextData
     training: dict[str, Any] = Field(description="transformers' TrainingArguments, by their names")
+    added: AddedParameters | None = Field(None, description="other settings for the parameters that VWN added")
 
     def check(self) -> None:
         """Raise RecipeError for what the fields' types do not show."""
@@ -196,7 +207,47 @@ class LossSum:
 
 
 class VwnTrainer(VwnTrainerMixin, Trainer):
-    """transformers' Trainer for VWN models."""
+    """transformers' Trainer for VWN models, with a learning rate and a weight decay of its own for what VWN added.
+
+    What transformers does not decay (biases and norms, by their names) is not decayed here either. The schedule
+    scales each group from its own rate; the rate in the log is the backbone's.
+
+    Raises:
+        RecipeError: the model has no such parameters, or the optimizer does not keep them in groups.
+    """
+
+    def __init__(self, *args, added: AddedParameters | None = None, **kwargs):
+        self.added = added
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        exists = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.added and not exists:
+            self.separate_groups(optimizer, self.model if model is None else model)
+        return optimizer
+
+    def separate_groups(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+        """Move what VWN added out of the optimizer's groups, into one that is decayed and one that is not."""
+        names = set(added_parameters(model))
+        trained = {name: p for name, p in model.named_parameters() if name in names and p.requires_grad}
+        if not trained:
+            raise RecipeError("added: the model has no trainable parameters that VWN added; leave it out.")
+        decayed_names, moved = set(self.get_decay_parameter_names(model)), 0
+        for decayed in (True, False):
+            chosen = {p for name, p in trained.items() if (name in decayed_names) == decayed}
+            for group in list(optimizer.param_groups):
+                mine = [p for p in group["params"] if p in chosen]
+                if mine:
+                    group["params"] = [p for p in group["params"] if p not in chosen]
+                    optimizer.add_param_group({**group, "params": mine, **self.group_settings(decayed)})
+                    moved += len(mine)
+        if moved < len(trained):
+            raise RecipeError(f"added: training.optim={self.args.optim!s} keeps no groups; take adamw_torch.")
+
+    def group_settings(self, decayed: bool) -> dict[str, float]:
+        settings = {"lr": self.added.learning_rate, "weight_decay": self.added.weight_decay if decayed else 0.0}
+        return {key: value for key, value in settings.items() if value is not None}
 
 
 def train(recipe: TrainingRecipe, resume: bool = False) -> dict:
@@ -221,6 +272,7 @@ def train(recipe: TrainingRecipe, resume: bool = False) -> dict:
     blocks = packed_blocks(recipe.data.train.load(), tokenizer, recipe.data.sequence_length)
     heldout = recipe.data.evaluation
     trainer = VwnTrainer(
+        added=recipe.added,
         model=model,
         args=arguments,
         train_dataset=blocks,

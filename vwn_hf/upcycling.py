@@ -28,7 +28,8 @@ from .modeling_vwn import build_family
 from .over_width import OverWidthLinear
 
 EMBEDDING_KEY = "model.embed_tokens.weight"
-SLOT_STARTS = ("noise", "copies", "zeros")
+SLOT_STARTS = ("noise", "copies", "zeros", "scaled_copies")
+DEFAULT_SLOT_START = "noise"
 REPORT_NAME = "upcycling_report.json"
 COMPANION_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -99,7 +100,7 @@ class UpcyclingRecipe(BaseModel):
     dynamic: bool = True
     embedding: str | None = None
     group_norm: bool | None = None
-    slot_start: str = "noise"
+    slot_start: str | None = None
     seed: int = 0
     mtp_layers: int = 0
     drop_source_mtp: bool = False
@@ -116,7 +117,7 @@ def upcycle(
     dynamic: bool = True,
     embedding: str | None = None,
     group_norm: bool | None = None,
-    slot_start: str = "noise",
+    slot_start: str | None = None,
     seed: int = 0,
     mtp_layers: int = 0,
     drop_source_mtp: bool = False,
@@ -130,12 +131,15 @@ def upcycle(
         output: folder to make; must not exist.
         segments, slots: m and n; the state becomes n/m times as wide as the backbone.
         dynamic: whether the connections' matrices depend on the token.
-        embedding: "direct" or "projected"; None takes "projected" for tied embeddings, which keeps the tie, else
-            "direct". Tied embeddings in the direct form are untied.
+        embedding: "direct", "projected" or "scaled_copies"; None takes what slot_start says, else "projected" for
+            tied embeddings, which keeps the tie, else "direct". Tied embeddings in the direct form are untied.
         group_norm: RMS norm before the reduce; None: where slots is a multiple of segments. Without it the new
             model's logits equal the source's bit for bit, with it up to the rounding of one more norm.
         slot_start: what the extra embedding columns start as: "noise" of the table's scale, "copies" of the
-            table's columns, cyclic, or "zeros". It changes how the model learns on, not what it computes.
+            table's columns, cyclic, or "zeros"; or "scaled_copies", which leaves the table as it is and copies its
+            columns when they are looked up, each slot times a learned factor (an embedding form of its own).
+            None: "scaled_copies" if that is the embedding, else "noise". It changes how the model learns on, not
+            what it computes.
         seed: of that noise.
         mtp_layers: modules of multi-token prediction to add. Each gets the source's last layer and last norm, and a
             mixing that starts it close to the model's own next-token state.
@@ -149,8 +153,7 @@ def upcycle(
         ValueError: the settings do not fit the source.
         FileExistsError, FileNotFoundError: output is there already; source is not.
     """
-    if slot_start not in SLOT_STARTS:
-        raise ValueError(f"slot_start={slot_start!r} is not one of {SLOT_STARTS}.")
+    embedding, slot_start = resolve_start(embedding, slot_start)
     output = Path(output)
     folder = resolve_source(source, revision)
     source_config = read_source_config(folder)
@@ -179,6 +182,20 @@ def upcycle(
             report.logits_equal, report.max_difference = compare_logits(folder, partial, config)
         (partial / REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report
+
+
+def resolve_start(embedding: str | None, slot_start: str | None) -> tuple[str | None, str]:
+    """Fill in what the one says about the other: scaled copies are a form of the embedding and its start at once."""
+    if slot_start not in (None, *SLOT_STARTS):
+        raise ValueError(f"slot_start={slot_start!r} is not one of {SLOT_STARTS}.")
+    if "scaled_copies" not in (embedding, slot_start):
+        return embedding, slot_start or DEFAULT_SLOT_START
+    if {embedding, slot_start} - {None, "scaled_copies"}:
+        raise ValueError(
+            f"embedding={embedding!r} and slot_start={slot_start!r} contradict each other: 'scaled_copies' is an "
+            "embedding form that has its own start. Give 'scaled_copies' for one of them and leave the other out."
+        )
+    return "scaled_copies", "scaled_copies"
 
 
 def resolve_source(source: str | Path, revision: str | None) -> Path:
@@ -226,7 +243,7 @@ def widen_config(
         fields.pop(key, None)
     fields |= {
         "architectures": [classes.ForCausalLM.__name__],
-        "tie_word_embeddings": source_config.tie_word_embeddings and (embedding == "projected" or slots == segments),
+        "tie_word_embeddings": source_config.tie_word_embeddings and (embedding != "direct" or slots == segments),
         "vwn_segments": segments,
         "vwn_slots": slots,
         "vwn_dynamic": dynamic,
