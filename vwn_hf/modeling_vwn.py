@@ -51,7 +51,12 @@ class VwnDecoderLayerMixin:
     def add_connections(self, config) -> None:
         for name in CONNECTIONS:
             connection = GeneralizedHyperConnection(
-                config.hidden_size, config.vwn_segments, config.vwn_slots, config.vwn_dynamic, config.vwn_norm_eps
+                config.hidden_size,
+                config.vwn_segments,
+                config.vwn_slots,
+                config.vwn_dynamic,
+                config.vwn_norm_eps,
+                carry=config.vwn_carry,
             )
             self.add_module(name, connection)
 
@@ -125,7 +130,7 @@ class VwnModelMixin(VwnPreTrainedMixin):
         classes = build_family(self.backbone)
         if config.vwn_embedding == "projected":
             self.embed_tokens = ProjectedEmbedding(
-                config.vocab_size, config.hidden_size, config.virtual_width, self.padding_idx
+                config.vocab_size, config.table_width, config.virtual_width, self.padding_idx
             )
         else:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.virtual_width, self.padding_idx)
@@ -138,7 +143,7 @@ class VwnModelMixin(VwnPreTrainedMixin):
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
     ):
-        """The family's forward. `inputs_embeds` is D' wide; with the projected embedding it may also be D wide."""
+        """The family's forward. `inputs_embeds` is D' wide; with the projected embedding also k wide, as its table."""
         if inputs_embeds is not None:
             inputs_embeds = self.to_virtual_width(inputs_embeds)
         return super().forward(
@@ -154,11 +159,12 @@ class VwnModelMixin(VwnPreTrainedMixin):
         width, config = inputs_embeds.shape[-1], self.config
         if width == config.virtual_width:
             return inputs_embeds
-        if width == config.hidden_size and config.vwn_embedding == "projected":
+        if width == config.table_width and config.vwn_embedding == "projected":
             return self.embed_tokens.expansion(inputs_embeds)
         rule = f"vwn_slots · hidden_size / vwn_segments = {config.virtual_width}"
         if config.vwn_embedding == "projected":
-            rule += f", or hidden_size = {config.hidden_size}"
+            name = "hidden_size" if config.vwn_embedding_rank is None else "vwn_embedding_rank"
+            rule += f", or {name} = {config.table_width}"
         raise ValueError(
             f"inputs_embeds is {width} wide; this model takes {rule}. Make them with model.get_input_embeddings()."
         )
