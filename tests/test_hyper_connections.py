@@ -184,7 +184,7 @@ def test_computes_in_float32_under_autocast():
 
 
 def test_refuses_an_unknown_carry():
-    with pytest.raises(ValueError, match="carry='orthogonal' is not one of .'free', 'identity', 'doubly_"):
+    with pytest.raises(ValueError, match=r"carry='orthogonal' is not one of \('free', 'identity', 'doubly_"):
         GeneralizedHyperConnection(8, 2, 3, carry="orthogonal")
 
 

@@ -20,7 +20,7 @@ def resolve_segments(segments: int | None, slots: int, preset: str | None) -> in
     """m as given, as the preset has it, or the default. Raises ValueError if both are given and disagree."""
     if preset is None:
         return DEFAULT_SEGMENTS if segments is None else segments
-    if preset not in PRESETS:
+    if preset not in tuple(PRESETS):
         raise ValueError(f"preset={preset!r} is not one of {tuple(PRESETS)}.")
     preset_segments = PRESETS[preset](slots)
     if segments not in (None, preset_segments):

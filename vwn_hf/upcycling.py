@@ -232,7 +232,8 @@ def widen_config(
     if embedding_rank is not None and embedding_rank < hidden_size:
         raise ValueError(
             f"embedding_rank={embedding_rank} is less than hidden_size={hidden_size}: a table of lower rank cannot "
-            "hold the old one, and the function would change.  Use embedding_rank >= {hidden_size}, or train from scratch."
+            "hold the old one, and the function would change. "
+            f"Use embedding_rank >= {hidden_size}, or train from scratch."
         )
     segments = resolve_segments(segments, slots, preset)
     keeps_table_width = embedding_rank in (None, hidden_size) if embedding == "projected" else slots == segments
