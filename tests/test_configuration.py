@@ -163,7 +163,12 @@ def test_every_family_refuses(family, case):
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM])
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("vwn_segments", 5, "segments=5"), ("vwn_slots", 3, "slots=3"), ("tie_word_embeddings", True, "projected")],
+    [
+        ("vwn_segments", 5, "segments=5"),
+        ("vwn_segments", None, "vwn_segments=None"),
+        ("vwn_slots", 3, "slots=3"),
+        ("tie_word_embeddings", True, "projected"),
+    ],
 )
 def test_a_value_changed_after_construction_is_refused_by_the_model(auto_class, name, value, message):
     config = tiny_config("vwn_llama")
