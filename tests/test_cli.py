@@ -28,6 +28,19 @@ def test_upcycle_prints_its_check(source, tmp_path):
     assert json.loads((tmp_path / "vwn" / "upcycling_report.json").read_text())["logits_equal"] is True
 
 
+def test_upcycle_takes_a_carry_a_preset_and_a_rank(source, tmp_path):
+    options = ["--preset", "hyper_connections", "--slots", 3, "--carry", "doubly_stochastic", "--embedding-rank", 50]
+    result = run("upcycle", source, tmp_path / "vwn", "--no-group-norm", *options)
+    assert result.exit_code == 0, result.output
+    assert "m=1, n=3" in result.output and "bit for bit" in result.output
+    assert "projected embedding of rank 50, doubly_stochastic carry" in result.output
+    config = json.loads((tmp_path / "vwn" / "config.json").read_text())
+    expected = {"vwn_segments": 1, "vwn_carry": "doubly_stochastic", "vwn_embedding_rank": 50}
+    assert {key: config[key] for key in expected} == expected and "vwn_preset" not in config
+    result = run("upcycle", source, tmp_path / "other", "--embedding-rank", 47)
+    assert result.exit_code == 1 and "embedding_rank=47 is less than hidden_size=48" in result.output
+
+
 def test_upcycle_takes_its_settings_from_a_recipe_and_options_win(source, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"source: {source}\noutput: {tmp_path / 'vwn'}\nsegments: 2\nslots: 6\ngroup_norm: false\n")

@@ -45,7 +45,9 @@ DEFAULTS = {
     "vwn_segments": 4,
     "vwn_slots": 8,
     "vwn_dynamic": True,
+    "vwn_carry": "free",
     "vwn_embedding": "direct",
+    "vwn_embedding_rank": None,
     "vwn_group_norm": True,
     "vwn_norm_eps": 1e-6,
     "num_mtp_layers": 0,
@@ -88,6 +90,31 @@ REFUSED = {  # settings -> what the message must say: the value, the rule, the r
         {"vwn_embedding": "factorized"},
         ["vwn_embedding='factorized'", "'direct', 'projected', 'scaled_copies'"],
     ),
+    "carry": ({"vwn_carry": "fixed"}, ["carry='fixed'", "'free', 'identity', 'doubly_stochastic'"]),
+    "unknown_preset": (
+        {"vwn_segments": None, "vwn_preset": "residual"},
+        ["preset='residual'", "'hyper_connections', 'frac_connections'"],
+    ),
+    "preset_against_segments": (
+        {"vwn_segments": 4, "vwn_slots": 6, "vwn_preset": "frac_connections"},
+        ["segments=4 contradicts preset='frac_connections'", "segments=6 with slots=6", "Leave segments out"],
+    ),
+    "rank_of_a_direct_table": (
+        {"vwn_embedding_rank": 8},
+        ["vwn_embedding_rank=8 with vwn_embedding='direct'", "only the projected", "Set vwn_embedding='projected'"],
+    ),
+    "no_rank": (
+        {"vwn_embedding": "projected", "vwn_embedding_rank": 0},
+        ["vwn_embedding_rank=0", "at least 1 and at most the over-width 96"],
+    ),
+    "rank_beyond_the_width": (
+        {"vwn_embedding": "projected", "vwn_embedding_rank": 97},
+        ["vwn_embedding_rank=97", "at least 1 and at most the over-width 96"],
+    ),
+    "tied_table_of_another_rank": (
+        {"vwn_embedding": "projected", "vwn_embedding_rank": 56, "tie_word_embeddings": True},
+        ["vwn_embedding_rank=56", "lm_head is 48 wide", "56 wide", "tie_word_embeddings=False"],
+    ),
     "zero_eps": ({"vwn_norm_eps": 0.0}, ["vwn_norm_eps=0.0", "must be positive", "1e-6"]),
     "negative_eps": ({"vwn_norm_eps": -1e-6}, ["vwn_norm_eps=-1e-06", "must be positive", "1e-6"]),
     "infinite_eps": ({"vwn_norm_eps": float("inf")}, ["vwn_norm_eps=inf", "positive and finite", "1e-6"]),
@@ -96,13 +123,15 @@ REFUSED = {  # settings -> what the message must say: the value, the rule, the r
 WRONG_TYPES = [
     {"vwn_segments": "4"},
     {"vwn_segments": 4.0},
-    {"vwn_segments": None},
     {"vwn_slots": "8"},
     {"vwn_slots": [8]},
     {"vwn_slots": 8.5},
     {"vwn_dynamic": "yes"},
     {"vwn_dynamic": 1},
+    {"vwn_carry": None},
     {"vwn_embedding": None},
+    {"vwn_embedding_rank": "48"},
+    {"vwn_embedding_rank": 48.0},
     {"vwn_group_norm": "auto"},
     {"vwn_norm_eps": "1e-6"},
     {"vwn_norm_eps": None},
@@ -139,7 +168,12 @@ def test_every_family_refuses(family, case):
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM])
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("vwn_segments", 5, "segments=5"), ("vwn_slots", 3, "slots=3"), ("tie_word_embeddings", True, "projected")],
+    [
+        ("vwn_segments", 5, "segments=5"),
+        ("vwn_segments", None, "vwn_segments=None"),
+        ("vwn_slots", 3, "slots=3"),
+        ("tie_word_embeddings", True, "projected"),
+    ],
 )
 def test_a_value_changed_after_construction_is_refused_by_the_model(auto_class, name, value, message):
     config = tiny_config("vwn_llama")
@@ -202,7 +236,9 @@ CHANGED = {
     "vwn_segments": 3,
     "vwn_slots": 9,
     "vwn_dynamic": False,
+    "vwn_carry": "doubly_stochastic",
     "vwn_embedding": "projected",
+    "vwn_embedding_rank": 56,
     "vwn_group_norm": False,
     "vwn_norm_eps": 1e-4,
     "num_mtp_layers": 2,
@@ -214,7 +250,10 @@ def test_every_field_has_a_changed_value_to_try():
     assert list(CHANGED) == FIELDS
 
 
-@pytest.mark.parametrize("names", [[], *([name] for name in FIELDS if name != "vwn_segments"), FIELDS], ids=str)
+ALONE = [name for name in FIELDS if name not in ("vwn_segments", "vwn_embedding_rank")]  # these need others changed
+
+
+@pytest.mark.parametrize("names", [[], *([name] for name in ALONE), FIELDS], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_through_json(family, names, tmp_path):
     changed = {name: CHANGED[name] for name in names}
@@ -233,6 +272,18 @@ def test_config_json_says_what_the_model_is(tmp_path):
     tiny_config("vwn_olmoe").save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert {name: written.get(name) for name in FIELDS} == DEFAULTS
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("preset", "slots", "segments"), [("hyper_connections", 4, 1), ("frac_connections", 4, 4), (None, 8, 4)]
+)
+def test_a_preset_settles_the_segments_and_is_not_kept(preset, slots, segments, way, tmp_path):
+    expected = way({"vwn_segments": segments, "vwn_slots": slots}, tmp_path).to_dict()
+    for given in (None, segments):
+        config = way({"vwn_segments": given, "vwn_slots": slots, "vwn_preset": preset}, tmp_path)
+        assert (config.vwn_segments, config.vwn_slots) == (segments, slots)
+        assert not hasattr(config, "vwn_preset") and config.to_dict() == expected
 
 
 def test_public_names():

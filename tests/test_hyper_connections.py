@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vwn_hf import GeneralizedHyperConnection
+from vwn_hf.hyper_connections import CARRIES, DoublyStochasticSlotMap, SlotMap, doubly_stochastic
 
 SIZES = [(1, 1), (1, 4), (2, 3), (4, 4), (4, 8), (8, 64)]
 SLOT_WIDTH = 6
@@ -16,7 +19,23 @@ def sublayer(weight):
     return lambda x: torch.tanh(x.double() @ weight.double()).to(x.dtype)
 
 
-def loop_reference(parameters, hidden_states, weight, m, n, eps):
+def rounded_to_doubly_stochastic(rows):
+    """arXiv:1705.09634, algorithm 2, of a list of lists, entry by entry."""
+    indices = range(len(rows))
+    rows = [[abs(entry) for entry in row] for row in rows]
+    divisors = [max(1, sum(row)) for row in rows]
+    rows = [[rows[i][j] / divisors[i] for j in indices] for i in indices]
+    divisors = [max(1, sum(row[j] for row in rows)) for j in indices]
+    rows = [[rows[i][j] / divisors[j] for j in indices] for i in indices]
+    missing_rows = [1 - sum(row) for row in rows]
+    missing_columns = [1 - sum(row[j] for row in rows) for j in indices]
+    missing = sum(missing_rows)
+    if missing <= 0:
+        return rows
+    return [[rows[i][j] + missing_rows[i] * missing_columns[j] / missing for j in indices] for i in indices]
+
+
+def loop_reference(parameters, hidden_states, weight, m, n, eps, carry_kind="free"):
     """method: for each token, X = Åᵀ H, z = T(X), H' = Bᵀ Z + Âᵀ H, entry by entry in float64."""
     d, outputs = SLOT_WIDTH, []
     for token in hidden_states.reshape(-1, n * d):
@@ -38,7 +57,13 @@ def loop_reference(parameters, hidden_states, weight, m, n, eps):
                 )
             return rows
 
-        read, carry, write = matrix("read", m), matrix("carry", n), matrix("write", m)
+        read, write = matrix("read", m), matrix("write", m)
+        if carry_kind == "identity":
+            carry = [[float(i == j) for j in range(n)] for i in range(n)]
+        else:
+            carry = matrix("carry", n)
+        if carry_kind == "doubly_stochastic":
+            carry = rounded_to_doubly_stochastic(carry)
         x = torch.cat([sum(read[i][j] * slots[i] for i in range(n)) for j in range(m)])
         z = sublayer(weight)(x)
         segments = [z[j * d : (j + 1) * d] for j in range(m)]
@@ -57,9 +82,9 @@ def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def random_connection(m, n, dynamic, seed=0):
+def random_connection(m, n, dynamic, seed=0, carry="free"):
     generator = torch.Generator().manual_seed(seed)
-    connection = GeneralizedHyperConnection(m * SLOT_WIDTH, m, n, dynamic=dynamic)
+    connection = GeneralizedHyperConnection(m * SLOT_WIDTH, m, n, dynamic=dynamic, carry=carry)
     with torch.no_grad():
         for name, parameter in connection.named_parameters():
             std = (
@@ -69,18 +94,19 @@ def random_connection(m, n, dynamic, seed=0):
     return connection
 
 
+@pytest.mark.parametrize("carry", CARRIES)
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str
 )
 @pytest.mark.parametrize(("m", "n"), SIZES)
-def test_values_and_gradients_match_a_loop_over_tokens(m, n, dtype, bound, dynamic):
+def test_values_and_gradients_match_a_loop_over_tokens(m, n, dtype, bound, dynamic, carry):
     generator = torch.Generator().manual_seed(1)
     shape = (3, 5, n * SLOT_WIDTH) if n < 64 else (1, 3, n * SLOT_WIDTH)
     state = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     weight = (torch.randn(m * SLOT_WIDTH, m * SLOT_WIDTH, generator=generator, dtype=torch.float64) / 4).to(dtype)
     gradient = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    connection = random_connection(m, n, dynamic)
+    connection = random_connection(m, n, dynamic, carry=carry)
     if dtype == torch.float64:
         connection = connection.double()
 
@@ -92,19 +118,23 @@ def test_values_and_gradients_match_a_loop_over_tokens(m, n, dtype, bound, dynam
     # The same rounded inputs, in float64. A model in bfloat16 rounds the sublayer's input and output besides.
     parameters = {k: v.detach().double().requires_grad_() for k, v in connection.named_parameters()}
     ref_inputs = [state.double().requires_grad_(), weight.double().requires_grad_()]
-    expected = loop_reference(parameters, ref_inputs[0], ref_inputs[1], m, n, eps=1e-6)
+    expected = loop_reference(parameters, ref_inputs[0], ref_inputs[1], m, n, eps=1e-6, carry_kind=carry)
     expected.backward(gradient.double())
 
     assert relative_error(output.detach(), expected.detach()) <= bound
     for mine, theirs in zip(inputs, ref_inputs, strict=True):
         assert relative_error(mine.grad, theirs.grad) <= bound
     for name, parameter in connection.named_parameters():
-        assert relative_error(parameter.grad, parameters[name].grad) <= bound, name
+        if n == 1 and carry == "doubly_stochastic" and name.startswith("carry"):  # the matrix is (1) whatever they are
+            assert max(parameter.grad.abs().max(), parameters[name].grad.abs().max()) <= 1e-5, name
+        else:
+            assert relative_error(parameter.grad, parameters[name].grad) <= bound, name
 
 
+@pytest.mark.parametrize("carry", CARRIES)
 @pytest.mark.parametrize(("m", "n"), SIZES)
-def test_starts_as_an_ordinary_residual_in_the_first_slots(m, n):
-    connection, width = GeneralizedHyperConnection(m * SLOT_WIDTH, m, n), m * SLOT_WIDTH
+def test_starts_as_an_ordinary_residual_in_the_first_slots(m, n, carry):
+    connection, width = GeneralizedHyperConnection(m * SLOT_WIDTH, m, n, carry=carry), m * SLOT_WIDTH
     state = torch.randn(2, 3, n * SLOT_WIDTH)
     seen = []
 
@@ -139,6 +169,10 @@ def test_parameter_names_and_shapes():
     }  # fmt: skip
     static = GeneralizedHyperConnection(8, 2, 3, dynamic=False)
     assert sorted(k for k, _ in static.named_parameters()) == ["carry.bias", "read.bias", "write.bias"]
+    constrained = GeneralizedHyperConnection(8, 2, 3, carry="doubly_stochastic")
+    assert {k: tuple(v.shape) for k, v in constrained.named_parameters()} == shapes
+    identity = GeneralizedHyperConnection(8, 2, 3, carry="identity")
+    assert [k for k, _ in identity.named_parameters()] == [k for k in shapes if not k.startswith("carry")]
 
 
 def test_computes_in_float32_under_autocast():
@@ -147,6 +181,133 @@ def test_computes_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         actual = connection(state, torch.sin)
     assert torch.equal(actual, expected)
+
+
+def test_refuses_an_unknown_carry():
+    with pytest.raises(ValueError, match=r"carry='orthogonal' is not one of \('free', 'identity', 'doubly_"):
+        GeneralizedHyperConnection(8, 2, 3, carry="orthogonal")
+
+
+# ---- doubly stochastic carries
+
+MATRIX_SIZES = (1, 2, 3, 5, 8, 16, 33, 64)
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
+
+
+def assert_doubly_stochastic(matrix):
+    tolerance = TOLERANCE[matrix.dtype]
+    matrix = matrix.double()
+    assert matrix.isfinite().all() and (matrix >= 0).all()
+    for dim in (-1, -2):
+        assert (matrix.sum(dim) - 1).abs().max() <= tolerance
+    assert torch.linalg.matrix_norm(matrix, 2).max() <= 1 + tolerance
+
+
+def awkward_matrices(n, dtype):
+    """By name: matrices on whose way to the polytope something vanishes, overflows or gathers rounding errors."""
+    generator = torch.Generator().manual_seed(n)
+
+    def normal():
+        return torch.randn(20, n, n, generator=generator, dtype=torch.float64)
+
+    equal = torch.full((20, n, n), 0.3, dtype=torch.float64)
+    first_row = torch.arange(n)[:, None] == 0
+    matrices = {
+        "normal": normal(),
+        "small": normal() / n**2,
+        "sparse": normal() * (normal() > 1.5),
+        "zero": torch.zeros(n, n),
+        "zero row": normal() * ~first_row,
+        "zero column": normal() * ~first_row.mT,
+        "equal but a zero row": equal * ~first_row,  # float32 sums of equal numbers all err to one side
+        "equal but a zero cross": equal * ~first_row * ~first_row.mT,
+        "one column": normal() * first_row.mT,
+        "huge": normal().sign() * torch.finfo(dtype).max,
+        "denormal": normal() * torch.finfo(dtype).smallest_normal,
+        "of every scale": normal() * 10 ** normal().mul(10).clamp(-37, 37),
+        "rows of every scale": normal() * 10 ** normal()[:, :, :1].mul(10).clamp(-37, 37),
+        "near the identity": torch.eye(n) + 1e-7 * normal(),
+        "permutation": torch.eye(n)[torch.randperm(n, generator=generator)],
+    }
+    return {name: matrix.to(dtype) for name, matrix in matrices.items() if dtype == torch.float32 or name != "huge"}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("n", MATRIX_SIZES)
+def test_rows_and_columns_sum_to_one(n, dtype):
+    for name, matrix in awkward_matrices(n, dtype).items():
+        matrix.requires_grad_()
+        result = doubly_stochastic(matrix)
+        assert result.dtype == dtype, name
+        assert_doubly_stochastic(result.detach())
+        assert (doubly_stochastic(result) - result).abs().max() <= TOLERANCE[dtype], name
+        result.backward(torch.randn(result.shape, generator=torch.Generator().manual_seed(0), dtype=dtype))
+        assert matrix.grad.isfinite().all(), name
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 9), st.sampled_from(list(TOLERANCE)), st.data())
+def test_rows_and_columns_sum_to_one_whatever_the_entries(n, dtype, data):
+    width = torch.finfo(dtype).bits
+    bound = float(torch.finfo(torch.float32).max)
+    entries = st.one_of(st.just(0.0), st.floats(-2, 2, width=width), st.floats(-bound, bound, width=width))
+    matrix = torch.tensor(data.draw(st.lists(entries, min_size=n * n, max_size=n * n)), dtype=dtype).view(n, n)
+    matrix.requires_grad_()
+    result = doubly_stochastic(matrix)
+    assert_doubly_stochastic(result.detach())
+    result.backward(torch.arange(n * n, dtype=dtype).view(n, n))
+    assert matrix.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("n", MATRIX_SIZES)
+def test_doubly_stochastic_carries_start_as_the_identity_and_learn_from_it(n, dynamic):
+    carry = DoublyStochasticSlotMap(SLOT_WIDTH, n, n, dynamic=dynamic)
+    with torch.no_grad():
+        for name, value in carry.initial_values().items():
+            getattr(carry, name).copy_(value)
+    slots = torch.randn(4, n, SLOT_WIDTH, generator=torch.Generator().manual_seed(0))
+    matrix = carry(slots)
+    assert torch.equal(matrix, torch.eye(n).expand(matrix.shape))
+    matrix.backward(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1)))
+    assert all(parameter.grad.isfinite().all() for parameter in carry.parameters())
+    if n > 1:
+        assert carry.bias.grad[~torch.eye(n, dtype=torch.bool)].all()
+        assert not dynamic or carry.proj.grad.all()
+
+
+def test_keeps_what_is_doubly_stochastic_and_fills_the_zero_matrix_evenly():
+    assert torch.equal(doubly_stochastic(torch.zeros(2, 4, 4)), torch.full((2, 4, 4), 0.25))
+    halves = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.25, 0.25], [0.0, 0.25, 0.75]])
+    assert torch.equal(doubly_stochastic(halves), halves) and torch.equal(doubly_stochastic(-halves), halves)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_gradients_of_the_retraction(n, scale):
+    matrix = torch.randn(3, n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) * scale
+    assert torch.autograd.gradcheck(doubly_stochastic, matrix.requires_grad_())
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+def test_a_thousand_carries_do_not_make_a_state_larger(dtype, rounding):
+    """While those of the same parameters, left free, do."""
+    n, norms = 8, {}
+    for map_class in (SlotMap, DoublyStochasticSlotMap):
+        generator = torch.Generator().manual_seed(0)
+        state = initial = torch.randn(16, n, SLOT_WIDTH, generator=generator).to(dtype)
+        for _ in range(1000):
+            carry = map_class(SLOT_WIDTH, n, n).to(dtype)
+            with torch.no_grad():
+                for parameter in carry.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(n))
+                carry.bias += torch.eye(n)
+                state = carry(initial).mT @ state
+            if map_class is SlotMap and state.norm() > 1e6 * initial.norm():
+                break
+        norms[map_class] = (state.flatten(1).norm(dim=1) / initial.flatten(1).norm(dim=1)).max()
+    assert norms[DoublyStochasticSlotMap] <= 1 + rounding
+    assert norms[SlotMap] > 1e5
 
 
 @pytest.mark.parametrize(

@@ -473,6 +473,40 @@ def test_inputs_embeds(family, embedding, tokens):
         assert torch.equal(generated, generate(model, tokens, max_new_tokens=4, min_new_tokens=4)[:, 13:])
 
 
+@pytest.mark.parametrize("rank", [20, 56])
+def test_a_projected_embedding_of_another_rank(rank, tmp_path, tokens):
+    model = tiny_vwn("olmoe", vwn_embedding="projected", vwn_embedding_rank=rank)
+    embed, expected = model.get_input_embeddings(), logits(model, tokens)
+    assert embed.weight.shape == (99, rank) and embed.expansion.weight.shape == (96, rank)
+    assert torch.equal(embed.expansion.weight[:rank], torch.eye(rank))
+    extra = embed(torch.arange(1, 99))[:, rank:]
+    assert 0.7 < extra.std() / embed.weight[1:].std() < 1.4
+    with torch.no_grad():
+        for width in (embed(tokens), embed.weight[tokens]):
+            assert torch.equal(model(inputs_embeds=width).logits, expected)
+    with pytest.raises(ValueError, match=rf"48 wide; this model takes .* = 96, or vwn_embedding_rank = {rank}\."):
+        model(inputs_embeds=torch.zeros(2, 13, 48))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path), tokens), expected)
+    model(tokens, labels=tokens).loss.backward()
+    assert embed.weight.grad[tokens[:, :-1].unique()].any(1).all() and embed.expansion.weight.grad.any(1).all()
+
+
+@pytest.mark.parametrize("carry", ["identity", "doubly_stochastic"])
+def test_every_carry_is_saved_loaded_and_trained(carry, tmp_path, tokens):
+    model = tiny_vwn("qwen3", vwn_carry=carry)
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.config.vwn_carry == carry and torch.equal(logits(loaded, tokens), expected)
+    assert any(".carry." in name for name in saved_tensors(tmp_path)) == (carry == "doubly_stochastic")
+    assert not torch.equal(logits(tiny_vwn("qwen3"), tokens), expected)
+    model(tokens, labels=tokens).loss.backward()
+    for name, gradient in gradients(model).items():
+        if is_connection(name):
+            assert gradient.isfinite().all() and gradient.any(), name
+
+
 # ---- training
 
 

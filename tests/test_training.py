@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from vwn_hf import added_parameters, upcycle
 from vwn_hf.data import write_standard_library_corpus
 from vwn_hf.evaluation import EvaluationRecipe
-from vwn_hf.training import AddedParameters, RecipeError, SeparateRatesTrainer, TrainingRecipe, read_recipe, train
+from vwn_hf.training import AddedParameters, RecipeError, TrainingRecipe, VwnTrainer, read_recipe, train
 from vwn_hf.upcycling import UpcyclingRecipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -171,7 +171,7 @@ def test_what_vwn_added_is_what_the_backbone_does_not_have(embedding):
 def test_each_parameter_is_in_one_group_with_its_rate_and_decay(settings, tmp_path):
     model = tiny_vwn("olmoe", vwn_embedding="scaled_copies")
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=0.01, weight_decay=0.1, adam_beta1=0.8)
-    trainer = SeparateRatesTrainer(model=model, args=arguments, added=AddedParameters(**settings))
+    trainer = VwnTrainer(model=model, args=arguments, added=AddedParameters(**settings))
     names, seen = {parameter: name for name, parameter in model.named_parameters()}, []
     for group in trainer.create_optimizer().param_groups:
         for parameter in group["params"]:
@@ -188,7 +188,7 @@ def test_each_parameter_is_in_one_group_with_its_rate_and_decay(settings, tmp_pa
 def test_the_schedule_scales_each_group_from_its_own_rate(tmp_path):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=0.01, lr_scheduler_type="linear")
     added = AddedParameters(learning_rate=0.05)
-    trainer = SeparateRatesTrainer(model=tiny_vwn("olmoe"), args=arguments, added=added)
+    trainer = VwnTrainer(model=tiny_vwn("olmoe"), args=arguments, added=added)
     trainer.create_optimizer_and_scheduler(num_training_steps=4)
     trainer.optimizer.step()
     trainer.lr_scheduler.step()

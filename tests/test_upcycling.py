@@ -115,6 +115,69 @@ def test_static_connections_are_exact(tmp_path):
     assert not any("proj" in name and "_connection" in name for name in load(tmp_path / "vwn").state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("carry", ["free", "identity", "doubly_stochastic"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_carry_is_exact(family, carry, dtype, tmp_path, tokens):
+    save(tiny_model(family), tmp_path / "source", dtype)
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", carry=carry, group_norm=False)
+    assert report.logits_equal and report.carry == carry
+    assert torch.equal(*(logits(tmp_path / folder, tokens) for folder in ("source", "vwn")))
+    model = load(tmp_path / "vwn")
+    assert model.config.vwn_carry == carry
+    assert any("carry" in name for name in model.state_dict()) == (carry != "identity")
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("carry", ["identity", "doubly_stochastic"])
+@pytest.mark.parametrize(("segments", "slots"), [(1, 1), (1, 4), (2, 3), (8, 64)])
+def test_every_carry_is_exact_in_every_shape(segments, slots, carry, dynamic, tmp_path):
+    save(tiny_model("llama"), tmp_path / "source")
+    options = {"segments": segments, "slots": slots, "carry": carry, "dynamic": dynamic, "group_norm": False}
+    assert upcycle(tmp_path / "source", tmp_path / "vwn", **options).logits_equal
+
+
+@pytest.mark.parametrize(("preset", "segments"), [("hyper_connections", 1), ("frac_connections", 4)])
+def test_presets_are_exact(preset, segments, tmp_path):
+    save(tiny_model("olmoe"), tmp_path / "source")
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", preset=preset, slots=4, group_norm=False)
+    assert report.logits_equal and (report.segments, report.slots) == (segments, 4)
+    config = load(tmp_path / "vwn").config
+    assert (config.vwn_segments, config.vwn_slots) == (segments, 4)
+
+
+@pytest.mark.parametrize("start", ["noise", "copies", "zeros"])
+@pytest.mark.parametrize("rank", [48, 56, 96])
+def test_projected_embeddings_of_every_rank_from_the_width_are_exact(rank, start, tmp_path):
+    save(tiny_model("olmoe"), tmp_path / "source")
+    options = {"embedding_rank": rank, "slot_start": start, "group_norm": False}
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", **options)
+    assert report.logits_equal and (report.embedding, report.embedding_rank) == ("projected", rank)
+    old, new = (load(tmp_path / folder).get_input_embeddings() for folder in ("source", "vwn"))
+    assert new.weight.shape == (99, rank) and new.expansion.weight.shape == (96, rank)
+    assert torch.equal(new.weight[:, :48], old.weight)
+    assert torch.equal(new.expansion.weight[:48], torch.eye(48, rank))
+    wide, extra = new(torch.arange(99)), new.weight[:, 48:]
+    assert torch.equal(wide[:, :48], old.weight)
+    if start == "copies":
+        assert torch.equal(wide[:, 48:], old.weight) and torch.equal(extra, old.weight[:, : rank - 48])
+    elif start == "zeros":
+        assert not wide[:, 48:].any() and not extra.any()
+    else:
+        assert 0.7 < wide[:, 48:].std() / old.weight.std() < 1.4
+        assert rank == 48 or 0.7 < extra.std() / old.weight.std() < 1.4
+    assert report.source_parameters + report.added_parameters == load(tmp_path / "vwn").num_parameters()
+
+
+@pytest.mark.parametrize(("rank", "tied"), [(48, True), (56, False)])
+def test_tied_embeddings_stay_tied_at_the_rank_of_the_width_only(rank, tied, tmp_path):
+    save(tiny_model("qwen3", tie_word_embeddings=True), tmp_path / "source")
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", embedding_rank=rank, group_norm=False)
+    model = load(tmp_path / "vwn")
+    assert report.logits_equal and report.untied == (not tied)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings == tied
+
+
 @pytest.mark.parametrize("embedding", [None, "direct"])
 def test_tied_embeddings_stay_tied_when_projected_and_are_untied_when_direct(embedding, tmp_path):
     save(tiny_model("qwen3", tie_word_embeddings=True), tmp_path / "source")
@@ -246,6 +309,12 @@ def test_a_changed_function_is_an_error_and_leaves_nothing(tmp_path, monkeypatch
         ({"slot_start": "ones"}, "slot_start='ones'"),
         ({"slot_start": "scaled_copies", "embedding": "projected"}, "contradict each other"),
         ({"slot_start": "noise", "embedding": "scaled_copies"}, "contradict each other"),
+        ({"carry": "fixed"}, "carry='fixed' is not one of"),
+        ({"preset": "residual"}, "preset='residual' is not one of"),
+        ({"preset": "hyper_connections", "segments": 2}, "segments=2 contradicts preset='hyper_connections'"),
+        ({"embedding_rank": 40}, "embedding_rank=40 is less than hidden_size=48.*would change.*>= 48"),
+        ({"embedding_rank": 97}, "vwn_embedding_rank=97 must be"),
+        ({"embedding_rank": 56, "embedding": "direct"}, "vwn_embedding_rank=56 with vwn_embedding='direct'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(options, message, tmp_path):

@@ -39,12 +39,24 @@ def upcycle(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of the checkpoint to widen.")],
     output: Annotated[Path, typer.Argument(help="Folder to make.")],
     recipe: RecipeOption = None,
-    segments: Annotated[int, typer.Option(help="m: parts the backbone's width is cut into.")] = 4,
+    segments: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="m: parts the backbone's width is cut into; default: the preset's, or 4."),
+    ] = None,
     slots: Annotated[int, typer.Option(help="n: slots of the wide state; it grows by n/m.")] = 8,
+    preset: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="hyper_connections (m = 1) or frac_connections (m = n), in place of segments."),
+    ] = None,
     dynamic: Annotated[bool, typer.Option(help="Let the connections depend on the token.")] = True,
+    carry: Annotated[str, typer.Option(help="How slots are carried on: free, identity or doubly_stochastic.")] = "free",
     embedding: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="direct, projected or scaled_copies; default: projected if the source ties its embeddings."),
+    ] = None,
+    embedding_rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="k of the projected embedding, at least hidden_size; default: hidden_size."),
     ] = None,
     group_norm: Annotated[
         Optional[bool],  # noqa: UP045

@@ -99,6 +99,48 @@ class SlotMap(nn.Module):
         return f"slots={slots}, targets={targets}, dynamic={self.dynamic}"
 
 
+def doubly_stochastic(matrix: Tensor) -> Tensor:
+    """Retract a matrix onto the doubly stochastic ones: no entry below 0, every row and every column sums to 1.
+
+        K = |matrix|;  its rows, then its columns, are divided by their sum where that is more than 1;
+        K + missing_in_rows · missing_in_columns / missing        missing: 1 − the sum of each, and the total of these
+
+    Exact up to rounding for every finite matrix, also the zero matrix (-> 1/n). One that is doubly stochastic already
+    stays as it is, the identity bit for bit. The spectral norm of the result is at most 1. Gradients are finite
+    everywhere, and |·| has derivative 1 at 0, so that the zeros of an identity learn.
+
+    Shapes: [..., n, n] -> [..., n, n], in the dtype of `matrix`; computed in float64.
+
+    Source: Altschuler, Weed & Rigollet, arXiv:1705.09634, algorithm 2.
+    """
+    # In float32 the rounding of n sums can gather in one row or column, to 8e-6 at n = 64. MPS has no float64.
+    wide = matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
+    wide = torch.where(wide < 0, -wide, wide)
+    wide = wide / wide.sum(-1, keepdim=True).clamp(min=1)
+    wide = wide / wide.sum(-2, keepdim=True).clamp(min=1)
+    missing_in_rows = (1 - wide.sum(-1, keepdim=True)).clamp(min=0)  # [..., n, 1]
+    missing_in_columns = (1 - wide.sum(-2, keepdim=True)).clamp(min=0)  # [..., 1, n]
+    # The two totals differ by rounding only; divided by the larger one, nothing is filled beyond 1.
+    missing = torch.maximum(missing_in_rows.sum(-2, keepdim=True), missing_in_columns.sum(-1, keepdim=True))
+    share_of_rows = missing_in_rows / torch.where(missing > 0, missing, 1)
+    return (wide + share_of_rows * missing_in_columns).to(matrix.dtype)
+
+
+class DoublyStochasticSlotMap(SlotMap):
+    """A slot map [n, n] retracted onto the doubly stochastic matrices: carrying with it never makes a state larger.
+
+        map(H) = doubly_stochastic(scale ∘ tanh(norm(H) · proj / sqrt(d)) + bias)
+
+    Parameters and their initial values are those of `SlotMap`; the start, an identity, is kept bit for bit.
+    """
+
+    def forward(self, normed_slots: Tensor) -> Tensor:
+        return doubly_stochastic(super().forward(normed_slots))
+
+
+CARRIES = {"free": SlotMap, "identity": None, "doubly_stochastic": DoublyStochasticSlotMap}
+
+
 class GeneralizedHyperConnection(nn.Module):
     """The connection around one sublayer: read its input, run it, write its output, carry the slots on.
 
@@ -108,22 +150,36 @@ class GeneralizedHyperConnection(nn.Module):
         slots: n ≥ m, how many parts of that width the state has.
         dynamic: whether the three matrices depend on the token.
         eps: added to the mean square in `slot_norm`.
+        carry: how slots are carried past the sublayer: "free", by any matrix, as in the paper; "identity", unchanged,
+            without parameters or a product; "doubly_stochastic", by a matrix whose rows and columns sum to 1.
 
     With the initial values the first m slots are an ordinary residual stream.
-    Parameters: `{read,carry,write}.{bias,proj,scale}` and `slot_norm.weight` (absent where not dynamic).
+    Parameters: `{read,carry,write}.{bias,proj,scale}` and `slot_norm.weight` (absent where not dynamic; no `carry.*`
+    with carry="identity").
 
     Raises:
-        ValueError: segments does not divide hidden_size, or slots < segments.
+        ValueError: segments does not divide hidden_size, slots < segments, or carry is not one of `CARRIES`.
     """
 
-    def __init__(self, hidden_size: int, segments: int, slots: int, dynamic: bool = True, eps: float = 1e-6):
+    def __init__(
+        self,
+        hidden_size: int,
+        segments: int,
+        slots: int,
+        dynamic: bool = True,
+        eps: float = 1e-6,
+        *,
+        carry: str = "free",
+    ):
         super().__init__()
         check_widths(hidden_size, segments, slots)
+        check_carry(carry)
         self.segments, self.slots = segments, slots
         slot_width = hidden_size // segments
         self.slot_norm = SlotNorm(slot_width, eps) if dynamic else nn.Identity()
         self.read = SlotMap(slot_width, slots, segments, dynamic=dynamic)
-        self.carry = SlotMap(slot_width, slots, slots, dynamic=dynamic)
+        carry_class = CARRIES[carry]
+        self.carry = carry_class(slot_width, slots, slots, dynamic=dynamic) if carry_class else None
         self.write = SlotMap(slot_width, slots, segments, cyclic=True, dynamic=dynamic)
         reset_parameters(self)
 
@@ -131,7 +187,7 @@ class GeneralizedHyperConnection(nn.Module):
         """Read a sublayer's input from the slots, run it, write its output back, carry the slots on.
 
             input[j] = sum_i read[i, j] · slot[i]
-            slot'[i] = sum_j write[i, j] · segment[j] + sum_k carry[k, i] · slot[k]
+            slot'[i] = sum_j write[i, j] · segment[j] + sum_k carry[k, i] · slot[k]        carry = I: + slot[i]
 
         Everything but the sublayer is computed in float32 (float64 for a float64 state), also under autocast.
 
@@ -145,12 +201,14 @@ class GeneralizedHyperConnection(nn.Module):
         with torch.autocast(device_type, enabled=False):
             slots = hidden_states.to(at_least_float32(dtype)).unflatten(-1, (self.slots, -1))
             normed = self.slot_norm(slots)
-            read, carry, write = self.read(normed), self.carry(normed), self.write(normed)
+            read, write = self.read(normed), self.write(normed)
+            carry = self.carry(normed) if self.carry is not None else None
             sublayer_input = mix(read, slots).flatten(-2).to(dtype)
         sublayer_output = sublayer(sublayer_input)
         with torch.autocast(device_type, enabled=False):
             segments = sublayer_output.to(slots.dtype).unflatten(-1, (self.segments, -1))
-            return (mix(write.mT, segments) + mix(carry, slots)).flatten(-2).to(dtype)
+            carried = mix(carry, slots) if carry is not None else slots
+            return (mix(write.mT, segments) + carried).flatten(-2).to(dtype)
 
 
 def mix(matrix: Tensor, slots: Tensor) -> Tensor:
@@ -171,6 +229,12 @@ def check_widths(hidden_size: int, segments: int, slots: int) -> None:
             f"slots={slots} is less than segments={segments}: the state must hold at least the backbone's width. "
             f"Use slots >= {segments}; the width grows by slots / segments."
         )
+
+
+def check_carry(carry: str) -> None:
+    """Raise ValueError unless `carry` names a way of carrying slots."""
+    if carry not in CARRIES:
+        raise ValueError(f"carry={carry!r} is not one of {tuple(CARRIES)}.")
 
 
 @torch.no_grad()

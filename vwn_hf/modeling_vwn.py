@@ -73,7 +73,12 @@ class VwnDecoderLayerMixin:
     def add_connections(self, config) -> None:
         for name in CONNECTIONS:
             connection = GeneralizedHyperConnection(
-                config.hidden_size, config.vwn_segments, config.vwn_slots, config.vwn_dynamic, config.vwn_norm_eps
+                config.hidden_size,
+                config.vwn_segments,
+                config.vwn_slots,
+                config.vwn_dynamic,
+                config.vwn_norm_eps,
+                carry=config.vwn_carry,
             )
             self.add_module(name, connection)
 
@@ -154,7 +159,7 @@ class VwnModelMixin(VwnPreTrainedMixin):
         classes = build_family(self.backbone)
         if config.vwn_embedding == "projected":
             self.embed_tokens = ProjectedEmbedding(
-                config.vocab_size, config.hidden_size, config.virtual_width, self.padding_idx
+                config.vocab_size, config.table_width, config.virtual_width, self.padding_idx
             )
         elif config.vwn_embedding == "scaled_copies":
             self.embed_tokens = ScaledCopiesEmbedding(
@@ -171,7 +176,7 @@ class VwnModelMixin(VwnPreTrainedMixin):
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
     ):
-        """The family's forward. `inputs_embeds` is D' wide; unless the embedding is direct, it may also be D wide."""
+        """The family's forward. `inputs_embeds` is D' wide, or as wide as the embedding's table."""
         if self.config.num_mtp_layers and self.training and torch.is_grad_enabled() and "mtp_record" not in kwargs:
             warnings.warn(MTP_NOT_TRAINED, stacklevel=2)
         if inputs_embeds is not None:
@@ -189,11 +194,12 @@ class VwnModelMixin(VwnPreTrainedMixin):
         width, config = inputs_embeds.shape[-1], self.config
         if width == config.virtual_width:
             return inputs_embeds
-        if width == config.hidden_size and config.vwn_embedding != "direct":
+        if width == config.table_width:
             return self.embed_tokens.widen(inputs_embeds)
         rule = f"vwn_slots · hidden_size / vwn_segments = {config.virtual_width}"
         if config.vwn_embedding != "direct":
-            rule += f", or hidden_size = {config.hidden_size}"
+            name = "hidden_size" if config.vwn_embedding_rank is None else "vwn_embedding_rank"
+            rule += f", or {name} = {config.table_width}"
         raise ValueError(
             f"inputs_embeds is {width} wide; this model takes {rule}. Make them with model.get_input_embeddings()."
         )

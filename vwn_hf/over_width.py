@@ -17,6 +17,8 @@ class OverWidthLinear(nn.Linear):
 
     expansion (D -> D'): weight [D', D] = (I_D ; extra)          reduce (D' -> D): weight [D, D'] = (I_D | extra)
 
+    (The expansion of an embedding of another rank k is one of k -> D'.)
+
     `extra` is drawn from N(0, std²).
     """
 
@@ -36,16 +38,16 @@ class OverWidthLinear(nn.Linear):
 
 
 class ProjectedEmbedding(nn.Embedding):
-    """Over-width embedding in low-rank form: a table [V, D] and one linear map [D', D], `expansion`.
+    """Over-width embedding in low-rank form: a table [V, k] of rank k and one linear map [D', k], `expansion`.
 
-    Token ids [...] -> [..., D']. The table stays D wide, so that a tied `lm_head` can go on sharing it.
-    The extra rows of the map start with standard deviation 1/sqrt(D), which gives the extra
+    Token ids [...] -> [..., D']. With k = D a tied `lm_head` can go on sharing the table.
+    The extra rows of the map start with standard deviation 1/sqrt(k), which gives the extra
     columns the scale of the table.
     """
 
-    def __init__(self, num_embeddings: int, hidden_size: int, virtual_width: int, padding_idx: int | None = None):
-        super().__init__(num_embeddings, hidden_size, padding_idx)
-        self.expansion = OverWidthLinear(hidden_size, virtual_width, std=1 / math.sqrt(hidden_size))
+    def __init__(self, num_embeddings: int, rank: int, virtual_width: int, padding_idx: int | None = None):
+        super().__init__(num_embeddings, rank, padding_idx)
+        self.expansion = OverWidthLinear(rank, virtual_width, std=1 / math.sqrt(rank))
 
     def widen(self, embeddings: Tensor) -> Tensor:
         return self.expansion(embeddings)

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .backbones import get_backbone
+from .configuration_vwn import resolve_segments
 from .modeling_vwn import build_family
 from .over_width import OverWidthLinear
 
@@ -53,7 +54,9 @@ class UpcyclingReport:
     model_type: str
     segments: int
     slots: int
+    carry: str
     embedding: str
+    embedding_rank: int | None
     group_norm: bool
     slot_start: str
     untied: bool
@@ -70,7 +73,9 @@ class UpcyclingReport:
             f"{self.source} ({self.model_type.removeprefix('vwn_')}) → {self.output}",
             f"m={self.segments}, n={self.slots}, "
             f"state {self.slots / self.segments:g} times as wide, {self.embedding} embedding"
-            + (", untied" if self.untied else ""),
+            + (f" of rank {self.embedding_rank}" if self.embedding_rank else "")
+            + (", untied" if self.untied else "")
+            + (f", {self.carry} carry" if self.carry != "free" else ""),
             f"{self.source_parameters:,} parameters + {self.added_parameters:,} ({added:.1%})",
         ]
         if self.mtp_layers:
@@ -95,10 +100,13 @@ class UpcyclingRecipe(BaseModel):
 
     source: str
     output: str
-    segments: int = 4
+    segments: int | None = None
     slots: int = 8
+    preset: str | None = None
     dynamic: bool = True
+    carry: str = "free"
     embedding: str | None = None
+    embedding_rank: int | None = None
     group_norm: bool | None = None
     slot_start: str | None = None
     seed: int = 0
@@ -112,10 +120,13 @@ def upcycle(
     source: str | Path,
     output: str | Path,
     *,
-    segments: int = 4,
+    segments: int | None = None,
     slots: int = 8,
+    preset: str | None = None,
     dynamic: bool = True,
+    carry: str = "free",
     embedding: str | None = None,
+    embedding_rank: int | None = None,
     group_norm: bool | None = None,
     slot_start: str | None = None,
     seed: int = 0,
@@ -129,10 +140,15 @@ def upcycle(
     Args:
         source: local folder or Hub id of a safetensors checkpoint of a supported family.
         output: folder to make; must not exist.
-        segments, slots: m and n; the state becomes n/m times as wide as the backbone.
+        segments, slots: m and n; the state becomes n/m times as wide as the backbone. segments=None: as the preset
+            says, or 4.
+        preset: "hyper_connections" (m = 1) or "frac_connections" (m = n), in place of segments.
         dynamic: whether the connections' matrices depend on the token.
-        embedding: "direct", "projected" or "scaled_copies"; None takes what slot_start says, else "projected" for
-            tied embeddings, which keeps the tie, else "direct". Tied embeddings in the direct form are untied.
+        carry: how connections carry slots on: "free", "identity" or "doubly_stochastic". All start as the identity.
+        embedding: "direct", "projected" or "scaled_copies"; None takes what slot_start says, else "projected" for tied
+            embeddings, which keeps the tie, or where embedding_rank is given, else "direct". Tied embeddings in the
+            direct form are untied.
+        embedding_rank: k ≥ hidden_size of the projected embedding; None: hidden_size. Above it, embeddings are untied.
         group_norm: RMS norm before the reduce; None: where slots is a multiple of segments. Without it the new
             model's logits equal the source's bit for bit, with it up to the rounding of one more norm.
         slot_start: what the extra embedding columns start as: "noise" of the table's scale, "copies" of the
@@ -158,9 +174,17 @@ def upcycle(
     folder = resolve_source(source, revision)
     source_config = read_source_config(folder)
     config = widen_config(
-        source_config, segments=segments, slots=slots, dynamic=dynamic, embedding=embedding, group_norm=group_norm,
+        source_config,
+        segments=segments,
+        slots=slots,
+        preset=preset,
+        dynamic=dynamic,
+        carry=carry,
+        embedding=embedding,
+        embedding_rank=embedding_rank,
+        group_norm=group_norm,
         mtp_layers=mtp_layers,
-    )  # fmt: skip
+    )
     weight_map = read_weight_map(folder)
     check_embedding(folder, weight_map, source_config)
     dropped = source_mtp_tensors(weight_map, source_config)
@@ -172,8 +196,10 @@ def upcycle(
         config.save_pretrained(partial)
         copy_companions(folder, partial)
         report = UpcyclingReport(
-            source=str(source), output=str(output), model_type=config.model_type, segments=segments, slots=slots,
-            embedding=config.vwn_embedding, group_norm=config.vwn_group_norm, slot_start=slot_start,
+            source=str(source), output=str(output), model_type=config.model_type,
+            segments=config.vwn_segments, slots=slots, carry=carry,
+            embedding=config.vwn_embedding, embedding_rank=embedding_rank,
+            group_norm=config.vwn_group_norm, slot_start=slot_start,
             untied=source_config.tie_word_embeddings and not config.tie_word_embeddings,
             mtp_layers=mtp_layers, dropped=dropped,
             source_parameters=count_parameters(folder, weight_map), added_parameters=added,
@@ -226,28 +252,42 @@ def read_source_config(folder: Path) -> PreTrainedConfig:
 def widen_config(
     source_config: PreTrainedConfig,
     *,
-    segments: int,
+    segments: int | None,
     slots: int,
+    preset: str | None,
     dynamic: bool,
+    carry: str,
     embedding: str | None,
+    embedding_rank: int | None,
     group_norm: bool | None,
     mtp_layers: int = 0,
 ) -> PreTrainedConfig:
     """The VWN config of a backbone's config. Raises ValueError for settings that do not fit it."""
     backbone = get_backbone(source_config.model_type)
     classes = build_family(backbone)
+    hidden_size = source_config.hidden_size
     if embedding is None:
-        embedding = "projected" if source_config.tie_word_embeddings else "direct"
+        embedding = "projected" if source_config.tie_word_embeddings or embedding_rank is not None else "direct"
+    if embedding_rank is not None and embedding_rank < hidden_size:
+        raise ValueError(
+            f"embedding_rank={embedding_rank} is less than hidden_size={hidden_size}: a table of lower rank cannot "
+            "hold the old one, and the function would change. "
+            f"Use embedding_rank >= {hidden_size}, or train from scratch."
+        )
+    segments = resolve_segments(segments, slots, preset)
+    keeps_table_width = slots == segments if embedding == "direct" else embedding_rank in (None, hidden_size)
     fields = source_config.to_dict()
     for key in ("model_type", "transformers_version", source_config.attribute_map.get("num_mtp_layers")):
         fields.pop(key, None)
     fields |= {
         "architectures": [classes.ForCausalLM.__name__],
-        "tie_word_embeddings": source_config.tie_word_embeddings and (embedding != "direct" or slots == segments),
+        "tie_word_embeddings": source_config.tie_word_embeddings and keeps_table_width,
         "vwn_segments": segments,
         "vwn_slots": slots,
         "vwn_dynamic": dynamic,
+        "vwn_carry": carry,
         "vwn_embedding": embedding,
+        "vwn_embedding_rank": embedding_rank,
         "vwn_group_norm": group_norm,
         "num_mtp_layers": mtp_layers,
     }
@@ -348,7 +388,7 @@ def write_weights(
     with safe_open(folder / weight_map[EMBEDDING_KEY], "pt") as file:
         table = file.get_tensor(EMBEDDING_KEY)
     changed = {}
-    if config.vwn_embedding == "direct":
+    if config.table_width != config.hidden_size:
         changed[EMBEDDING_KEY] = widen_table(table, config, slot_start, generator)
     if source_config.tie_word_embeddings and not config.tie_word_embeddings and "lm_head.weight" not in weight_map:
         changed["lm_head.weight"] = table
@@ -368,7 +408,7 @@ def write_weights(
     total_size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(new_map.items()))}
     (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    replaced = table.numel() if config.vwn_embedding == "direct" else 0
+    replaced = table.numel() if EMBEDDING_KEY in changed else 0
     return sum(tensor.numel() for tensor in changed.values()) - replaced
 
 
@@ -384,10 +424,10 @@ def copy_shard(source: Path, output: Path, without) -> list[str]:
 
 
 def widen_table(table: Tensor, config: PreTrainedConfig, slot_start: str, generator: torch.Generator) -> Tensor:
-    """[V, D] -> [V, D']: the table, then its extra columns as `slot_start` says, in the table's dtype."""
-    extra = config.virtual_width - config.hidden_size
+    """[V, D] -> [V, D' or k]: the table, then its extra columns as `slot_start` says, in the table's dtype."""
+    extra = config.table_width - config.hidden_size
     if slot_start == "copies":
-        return table[:, torch.arange(config.virtual_width) % config.hidden_size].contiguous()
+        return table[:, torch.arange(config.table_width) % config.hidden_size].contiguous()
     columns = torch.zeros(table.shape[0], extra, dtype=table.dtype)
     if slot_start == "noise":
         std = table.float().std().item()
@@ -408,7 +448,7 @@ def new_tensors(
             weight = torch.zeros(rows, columns)
             weight[: min(rows, columns), : min(rows, columns)] = torch.eye(min(rows, columns))
             if name.endswith("expansion") and slot_start == "copies":
-                weight = torch.eye(columns)[torch.arange(rows) % columns]
+                weight[columns:] = torch.eye(columns)[torch.arange(columns, rows) % config.hidden_size]
             elif name.endswith("expansion") and slot_start == "noise":
                 weight[columns:] = torch.randn(rows - columns, columns, generator=generator) * module.std
             tensors[f"{name}.weight"] = weight.to(dtype)
