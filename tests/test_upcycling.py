@@ -355,3 +355,48 @@ def test_a_hub_id_is_found_with_its_revision(tmp_path):
     result = subprocess.run([*command[:5], str(tmp_path / "c")], env=environment, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr and not (tmp_path / "c").exists()
     print(result.stderr)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mtp_modules_start_from_the_last_layer_and_leave_the_logits_exact(family, layers, tmp_path, tokens):
+    source = tiny_model(family)
+    save(source, tmp_path / "source")
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", group_norm=False, mtp_layers=layers)
+    assert report.logits_equal and report.mtp_layers == layers and "multi-token prediction" in report.summary()
+    model = load(tmp_path / "vwn")
+    assert torch.equal(model(tokens).logits, source(tokens).logits)
+    assert model.config.num_mtp_layers == len(model.mtp) == layers
+    last = source.model.layers[-1].state_dict()
+    for module in model.mtp:
+        assert all(torch.equal(module.layer.state_dict()[name], value) for name, value in last.items())
+        assert torch.equal(module.norm.weight, source.model.norm.weight)
+        assert torch.equal(module.mixing.weight, torch.cat([torch.eye(12) / 2, torch.eye(12)], dim=1))
+        assert (
+            torch.equal(module.norm.reduce.weight[:, :48], torch.eye(48))
+            and not module.norm.reduce.weight[:, 48:].any()
+        )
+    with torch.no_grad():
+        assert model(tokens, labels=tokens).mtp_losses.isfinite().all()
+
+
+SHIPPED = {  # family -> where its checkpoints keep multi-token prediction
+    "deepseek_v3": ["model.layers.3.eh_proj.weight", "model.layers.3.enorm.weight", "model.layers.3.mlp.gate.weight"],
+    "llama": ["mtp.fc.weight", "mtp.norm.weight"],
+}
+
+
+@pytest.mark.parametrize("family", SHIPPED)
+def test_a_sources_own_mtp_is_refused_by_name_or_left_out_when_told_to(family, tmp_path):
+    save(tiny_model(family), tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors |= {key: torch.zeros(3) for key in SHIPPED[family]}
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UpcyclingError, match=r"cannot be carried over.*--drop-source-mtp") as error:
+        upcycle(tmp_path / "source", tmp_path / "vwn")
+    assert all(key in str(error.value) for key in SHIPPED[family]) and not (tmp_path / "vwn").exists()
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", mtp_layers=1, drop_source_mtp=True)
+    assert report.dropped == sorted(SHIPPED[family]) and "Left out, as asked" in report.summary()
+    index = json.loads((tmp_path / "vwn" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert not set(SHIPPED[family]) & set(index)
+    load(tmp_path / "vwn")
