@@ -97,7 +97,9 @@ class VwnConfigMixin:
         """Raise ValueError for `vwn_*` values that no model can be built from; called at construction."""
         super().validate_architecture()
         if self.vwn_segments is None:
-            raise ValueError("vwn_segments=None stands for a default at construction only. Set a number, for example 4.")
+            raise ValueError(
+                "vwn_segments=None stands for a default at construction only. Set a number, for example 4."
+            )
         check_widths(self.hidden_size, self.vwn_segments, self.vwn_slots)
         check_carry(self.vwn_carry)
         if self.vwn_embedding not in EMBEDDING_FORMS:
