@@ -249,33 +249,42 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
         Args:
             record: of the pass through the decoder layers.
             next_tokens: [B, S], label of the next token at each position, -100 where it is ignored.
-            num_items_in_batch: what the sum over targets is divided by, as in the next-token loss; None: their number.
+            num_items_in_batch: what the sum over targets is divided by in training, as in the next-token loss.
+                Without it, and in evaluation, each loss is the mean over its own targets.
         """
         arguments, state, losses = record.arguments_without_cache, record.state, []
+        items = num_items_in_batch if self.training else None
         for depth, module in enumerate(self.mtp, start=1):
             targets = mtp_targets(next_tokens, depth, arguments.get("position_ids"), attention_mask)
             state, hidden_states = module(state, shift_left(record.embedding, depth), **arguments)
-            count = (targets != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = self.loss_function(
                 logits=self.lm_head(hidden_states),
                 labels=None,
                 vocab_size=self.config.vocab_size,
                 shift_labels=targets,
-                num_items_in_batch=count,
+                num_items_in_batch=(targets != IGNORED).sum().clamp(min=1) if items is None else items,
             )
             losses.append(loss)
         return torch.stack(losses)
 
-    def _get_candidate_generator(self, generation_config, *args, logits_processor, **kwargs):
+    def _get_candidate_generator(self, generation_config, *, logits_processor, model_kwargs, **kwargs):
         # transformers' own MTP generator reads the modules from disk again and knows no over-width state
         if not generation_config.use_mtp:
             return super()._get_candidate_generator(
-                generation_config, *args, logits_processor=logits_processor, **kwargs
+                generation_config=generation_config,
+                logits_processor=logits_processor,
+                model_kwargs=model_kwargs,
+                **kwargs,
             )
         if not self.config.num_mtp_layers:
             raise ValueError(
                 "use_mtp=True, but this model has no MTP modules (num_mtp_layers=0). Train one with num_mtp_layers, or "
                 "upcycle with mtp_layers, to draft with them; leave use_mtp out to generate without."
+            )
+        if model_kwargs["past_key_values"].get_seq_length():
+            raise ValueError(
+                "use_mtp=True with past_key_values that hold tokens already: transformers' assisted generation reads "
+                "the whole prompt again on top of them. Leave past_key_values or use_mtp out."
             )
         generator = MtpCandidateGenerator(self, logits_processor, generation_config.do_sample)
         self.mtp_acceptance = generator.acceptance

@@ -179,7 +179,6 @@ class MtpCandidateGenerator(CandidateGenerator):
         self.model_kwargs_overrides = {"mtp_record": self.record}
         self.caches = [DynamicCache() for _ in model.mtp]
         self.kept: list[Tensor] = []  # [1, 0 or 1, D'] for each module
-        self.first: int | None = None  # first position that the modules see
         self.processed = 0  # positions whose state the modules have seen
         self.acceptance = MtpAcceptance(drafted=[0] * len(model.mtp), accepted=[0] * len(model.mtp))
         self.drafts = 0  # tokens drafted for the pass under way
@@ -193,14 +192,12 @@ class MtpCandidateGenerator(CandidateGenerator):
         if is_first_iteration:
             return input_ids, None
         known = input_ids.shape[1] - 1  # positions whose token and state are known
-        if self.first is None:
-            self.first = self.processed = known - self.record.state.shape[1]
-            self.kept = [self.record.state[:, :0]] * len(self.caches)
         state = self.record.state[:, : known - self.processed]
         tokens, logits, kept = input_ids, [], [state[:, :0]]
         for depth, module in enumerate(self.model.mtp, start=1):
-            start = max(self.first, self.processed - depth + 1)
-            state = torch.cat([self.kept[depth - 1], state], dim=1)
+            start = max(0, self.processed - depth + 1)
+            if self.kept:
+                state = torch.cat([self.kept[depth - 1], state], dim=1)
             state, scores = self.predict(module, depth, state, tokens, start, known, model_kwargs)
             at = known - depth - start  # where the next module will begin
             kept.append(state[:, max(at, 0) : at + 1])
@@ -214,12 +211,12 @@ class MtpCandidateGenerator(CandidateGenerator):
     ) -> tuple[Tensor, Tensor]:
         """Run module `depth` on positions start … known - 1; its states there and the last one's logits [1, V]."""
         base, cache = self.model.model, self.caches[depth - 1]
-        cache.crop(-max(0, cache.get_seq_length() - (start - self.first)))
+        cache.crop(-max(0, cache.get_seq_length() - start))
         position_ids, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if position_ids is None:
             position_ids = torch.arange(known, device=tokens.device)[None]
         position_ids = position_ids[:, start:known]
-        mask = mask[:, self.first : known] if mask is not None and mask.dim() == 2 else None
+        mask = mask[:, :known] if mask is not None and mask.dim() == 2 else None
         masks = create_masks_for_generate(self.model.config, state, mask, cache, position_ids)
         state, hidden_states = module(
             state,

@@ -154,13 +154,15 @@ class VwnTrainerMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _keep_mtp_losses(self, losses: torch.Tensor, training: bool, num_items_in_batch) -> None:
-        if num_items_in_batch is None and training:
+        if not training:
+            return self._mtp_evaluation.add(losses)
+        if num_items_in_batch is None:
             losses = losses / self.current_gradient_accumulation_steps
-        elif num_items_in_batch is not None and self.args.average_tokens_across_devices:
+        elif self.args.average_tokens_across_devices:
             losses = losses * self.accelerator.num_processes  # they were divided by the items of all processes
-        if training and self._step_of_last_log is None:
+        if self._step_of_last_log is None:
             self._step_of_last_log = self.state.global_step
-        (self._mtp_training if training else self._mtp_evaluation).add(losses)
+        self._mtp_training.add(losses)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._mtp_training:

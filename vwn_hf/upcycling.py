@@ -205,7 +205,7 @@ def upcycle(
             source_parameters=count_parameters(folder, weight_map), added_parameters=added,
         )  # fmt: skip
         if verify:
-            report.logits_equal, report.max_difference = compare_logits(folder, partial, config)
+            report.logits_equal, report.max_difference = compare_logits(folder, partial, config, set(dropped))
         (partial / REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report
 
@@ -501,8 +501,10 @@ def count_parameters(folder: Path, weight_map: dict[str, str]) -> int:
 
 
 @torch.no_grad()
-def compare_logits(source: Path, output: Path, config: PreTrainedConfig) -> tuple[bool, float]:
-    """Load both checkpoints and compare logits on sample tokens.
+def compare_logits(
+    source: Path, output: Path, config: PreTrainedConfig, dropped: set[str] = frozenset()
+) -> tuple[bool, float]:
+    """Load both checkpoints and compare logits on sample tokens; the source's `dropped` tensors are not missed.
 
     Returns:
         (whether they are equal bit for bit, largest absolute difference).
@@ -513,7 +515,8 @@ def compare_logits(source: Path, output: Path, config: PreTrainedConfig) -> tupl
     tokens = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     expected, expected_info, _ = _logits(source, tokens)
     actual, info, epsilon_share = _logits(output, tokens)
-    if info["missing_keys"] or info["mismatched_keys"] or info["unexpected_keys"] != expected_info["unexpected_keys"]:
+    left_over = expected_info["unexpected_keys"] - dropped
+    if info["missing_keys"] or info["mismatched_keys"] or info["unexpected_keys"] != left_over:
         raise UpcyclingError(f"The new checkpoint does not load cleanly: {info}")
     if not torch.isfinite(expected).all():
         raise UpcyclingError("The source's own logits are not finite on sample tokens; its weights are damaged.")
