@@ -16,7 +16,6 @@ The classes of a family, `VwnOlmoeConfig`, `VwnOlmoeModel`, `VwnOlmoeForCausalLM
 `backbones.py` by `build_family` when this module is imported.
 """
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable
@@ -234,7 +233,8 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
         """A module whose decoder layer is like the stack's last; its attention keeps a cache of its own."""
         layer = type(self.model.layers[-1])(config, config.num_hidden_layers - 1)
         getattr(layer, self.backbone.attention.module).layer_idx = 0
-        norm = copy.deepcopy(self.model.norm)
+        norm = type(self.model.norm)(config.hidden_size, eps=self.model.norm.variance_epsilon)
+        norm.add_reduce(config)
         return MultiTokenPredictor(layer, norm, config.slot_width, config.vwn_slots, config.vwn_norm_eps)
 
     def mtp_losses(

@@ -31,7 +31,7 @@ class SlotMixing(nn.Linear):
 
         out[i] = weight · (state[i]; embedding[i])                 i: slot
 
-    Shapes: two [..., n, d] -> [..., n, d], in the weight's dtype. It starts at random with unit gain.
+    Shapes: [..., n, 2d] -> [..., n, d]. It starts at random with unit gain.
     """
 
     def __init__(self, slot_width: int):
@@ -39,9 +39,6 @@ class SlotMixing(nn.Linear):
 
     def initial_values(self) -> dict[str, Tensor]:
         return {"weight": torch.randn(self.weight.shape) * self.in_features**-0.5}
-
-    def forward(self, state: Tensor, embedding: Tensor) -> Tensor:
-        return super().forward(torch.cat([state, embedding], dim=-1).to(self.weight.dtype))
 
 
 class MultiTokenPredictor(nn.Module):
@@ -72,7 +69,8 @@ class MultiTokenPredictor(nn.Module):
         """
         state_slots = self.state_norm(state.unflatten(-1, (self.slots, -1)))
         embedding_slots = self.embedding_norm(embedding.unflatten(-1, (self.slots, -1)))
-        mixed = self.mixing(state_slots, embedding_slots).flatten(-2).to(state.dtype)
+        pairs = torch.cat([state_slots, embedding_slots], dim=-1)  # [B, S, n, 2d]
+        mixed = self.mixing(pairs.to(self.mixing.weight.dtype)).flatten(-2).to(state.dtype)
         state = self.layer(mixed, **layer_arguments)
         return state, self.norm(state)
 
