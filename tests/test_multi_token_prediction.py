@@ -116,6 +116,29 @@ def test_in_training_the_losses_are_added_and_in_evaluation_they_are_not(family,
     assert torch.equal(pickle.loads(pickle.dumps(detached)).mtp_losses, outputs.mtp_losses)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+def test_the_modules_experts_are_balanced_where_the_stacks_are(family, tokens):
+    model = tiny_mtp(family, output_router_logits=True, router_aux_loss_coef=0.5, mtp_loss_weight=0.0)
+    plain = tiny_vwn(family, output_router_logits=True, router_aux_loss_coef=0.5)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("mtp.")})
+    shares = []
+
+    def balance(module, inputs, output):  # of 4 experts, 2 chosen: 4 · sum over experts of share · mean probability
+        probabilities = output[0].softmax(-1)
+        chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(2).indices, 1)
+        shares.append((chosen.mean(0), probabilities.mean(0)))
+
+    hooks = [m.layer.mlp.gate.register_forward_hook(balance) for m in model.mtp]
+    loss = model.train()(tokens, labels=tokens).loss
+    for hook in hooks:
+        hook.remove()
+    chosen, probability = (torch.stack(values).mean(0) for values in zip(*shares, strict=True))
+    expected = plain.train()(tokens, labels=tokens).loss + 0.5 * 4 * (chosen * probability).sum()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(module.layer.mlp.gate.weight.grad.any() for module in model.mtp)
+
+
 def test_a_module_sees_no_token_further_on_than_it_should(tokens):
     """Whatever comes after token i + k does not change what module k says at position i."""
     model, tokens = tiny_mtp("olmoe"), tokens[:1]

@@ -18,7 +18,8 @@ The classes of a family, `VwnOlmoeConfig`, `VwnOlmoeModel`, `VwnOlmoeForCausalLM
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
 
 from .backbones import BACKBONES, Backbone, Sublayer
 from .configuration_vwn import VwnConfigMixin
@@ -267,6 +269,28 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
             losses.append(loss)
         return torch.stack(losses)
 
+    @contextmanager
+    def router_logits_of_mtp(self) -> Iterator[list[Tensor]]:
+        """Collects what the routers in the MTP modules give, [B·S, experts] each; nothing in a family without."""
+        recorder = (type(self)._can_record_outputs or {}).get("router_logits")
+        logits, hooks = [], []
+        if isinstance(recorder, OutputRecorder):
+            routers = [module for module in self.mtp.modules() if isinstance(module, recorder.target_class)]
+            hooks = [
+                router.register_forward_hook(lambda module, inputs, output: logits.append(output[recorder.index]))
+                for router in routers
+            ]
+        try:
+            yield logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def router_loss(self, router_logits: list[Tensor], attention_mask: Tensor | None) -> Tensor:
+        """The family's load balancing loss of these routers."""
+        family_loss = self.backbone.modeling.load_balancing_loss_func
+        return family_loss(tuple(router_logits), self.num_experts, self.num_experts_per_tok, attention_mask)
+
     def _get_candidate_generator(self, generation_config, *, logits_processor, model_kwargs, **kwargs):
         # transformers' own MTP generator reads the modules from disk again and knows no over-width state
         if not generation_config.use_mtp:
@@ -294,8 +318,9 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
 def forward_with_mtp(family_forward: Callable) -> Callable:
     """A causal language model's forward that also computes the losses of multi-token prediction where it has labels.
 
-    The output gets `mtp_losses` [K]. In training, `loss` is the family's loss + mtp_loss_weight · their mean; in
-    evaluation it is the family's loss alone, so that perplexities are those of the next token.
+    The output gets `mtp_losses` [K]. In training, `loss` is the family's loss + mtp_loss_weight · their mean (+ the
+    router loss of the modules' experts, where the family's loss has one); in evaluation it is the family's loss alone,
+    so that perplexities are those of the next token.
     """
     names = list(inspect.signature(family_forward).parameters)[1:]
 
@@ -308,14 +333,18 @@ def forward_with_mtp(family_forward: Callable) -> Callable:
             return family_forward(self, **kwargs)
         record, next_tokens = StackRecord(), kwargs.get("shift_labels")
         outputs = family_forward(self, **{**kwargs, "mtp_record": record, "return_dict": True})
-        losses = self.mtp_losses(
-            record,
-            next_token_labels(labels) if next_tokens is None else next_tokens,
-            kwargs.get("attention_mask"),
-            kwargs.get("num_items_in_batch"),
-        )
+        with self.router_logits_of_mtp() as router_logits:
+            losses = self.mtp_losses(
+                record,
+                next_token_labels(labels) if next_tokens is None else next_tokens,
+                kwargs.get("attention_mask"),
+                kwargs.get("num_items_in_batch"),
+            )
         if self.training:
             outputs["loss"] = outputs["loss"] + self.config.mtp_loss_weight * losses.mean()
+            if outputs.get("aux_loss") is not None:
+                balance = self.router_loss(router_logits, kwargs.get("attention_mask"))
+                outputs["loss"] = outputs["loss"] + self.router_aux_loss_coef * balance
         return output_class_with_mtp(type(outputs))(**outputs, mtp_losses=losses)
 
     return forward
