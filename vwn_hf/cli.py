@@ -128,8 +128,14 @@ def cost(
     segments: Annotated[Optional[int], typer.Option(help="m, to widen a backbone.")] = None,  # noqa: UP045
     slots: Annotated[Optional[int], typer.Option(help="n, to widen a backbone.")] = None,  # noqa: UP045
     dynamic: Annotated[bool, typer.Option(help="Of a backbone widened here.")] = True,
-    embedding: Annotated[Optional[str], typer.Option(help="direct or projected, likewise.")] = None,  # noqa: UP045
+    carry: Annotated[str, typer.Option(help="Likewise: free, identity or doubly_stochastic.")] = "free",
+    embedding: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Likewise: direct, projected or scaled_copies."),
+    ] = None,
+    embedding_rank: Annotated[Optional[int], typer.Option(help="Of a projected one, likewise.")] = None,  # noqa: UP045
     group_norm: Annotated[Optional[bool], typer.Option(help="Norm before the reduce, likewise.")] = None,  # noqa: UP045
+    mtp_layers: Annotated[int, typer.Option(help="Modules of multi-token prediction, likewise.")] = 0,
     revision: Annotated[Optional[str], typer.Option(help="Of a Hub id.")] = None,  # noqa: UP045
     sequence_length: Annotated[int, typer.Option(help="What attention reaches over.")] = 4096,
     dtype: Annotated[str, typer.Option(help="Of weights and states.")] = "bfloat16",
@@ -140,9 +146,11 @@ def cost(
     from .analysis import cost as run
     from .analysis import cost_table, read_config
 
-    widening = {"segments": segments, "slots": slots, "dynamic": dynamic, "embedding": embedding}
     with clear_errors():
-        config = read_config(source, **widening, group_norm=group_norm, revision=revision)
+        config = read_config(
+            source, segments=segments, slots=slots, dynamic=dynamic, carry=carry, embedding=embedding,
+            embedding_rank=embedding_rank, group_norm=group_norm, mtp_layers=mtp_layers, revision=revision,
+        )  # fmt: skip
         Console().print(cost_table(run(config, sequence_length, dtype)))
 
 

@@ -35,8 +35,9 @@ from transformers import (
     initialization,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .backbones import BACKBONES, Backbone, Sublayer
@@ -345,18 +346,29 @@ def forward_with_mtp(family_forward: Callable) -> Callable:
             if outputs.get("aux_loss") is not None:
                 balance = self.router_loss(router_logits, kwargs.get("attention_mask"))
                 outputs["loss"] = outputs["loss"] + self.router_aux_loss_coef * balance
-        return output_class_with_mtp(type(outputs))(**outputs, mtp_losses=losses)
+        return OUTPUTS_WITH_MTP[type(outputs)](**outputs, mtp_losses=losses)
 
     return forward
 
 
-@cache
-def output_class_with_mtp(output_class: type[ModelOutput]) -> type[ModelOutput]:
-    """The family's output class with a field `mtp_losses` [K], findable by name for pickle."""
-    fields = {"__module__": __name__, "__annotations__": {"mtp_losses": Tensor | None}, "mtp_losses": None}
-    made = dataclass(type(f"Vwn{output_class.__name__}", (output_class,), fields))
-    globals()[made.__name__] = made
-    return made
+@dataclass
+class VwnCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """transformers' output, and the loss of each MTP module, `mtp_losses` [K]."""
+
+    mtp_losses: Tensor | None = None
+
+
+@dataclass
+class VwnMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """transformers' output, and the loss of each MTP module, `mtp_losses` [K]."""
+
+    mtp_losses: Tensor | None = None
+
+
+OUTPUTS_WITH_MTP = {
+    CausalLMOutputWithPast: VwnCausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast: VwnMoeCausalLMOutputWithPast,
+}
 
 
 @cache
