@@ -393,7 +393,7 @@ def test_drafts_are_those_of_the_modules_over_the_whole_sequence(monkeypatch):
         state, scores = predict(self, module, depth, state, tokens, start, known, kwargs)
         record = StackRecord()
         model(tokens[:, :known], mtp_record=record)
-        whole, arguments = record.state, record.arguments_without_cache
+        whole, arguments = record.state, record.arguments_without_cache()
         for number in range(1, depth + 1):
             embedding = model.model.embed_tokens(tokens[:, number : known + number])
             whole, output = model.mtp[number - 1](whole, embedding, **arguments)

@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from .backbones import Backbone, get_backbone
 from .configuration_vwn import VwnConfigMixin
 from .hyper_connections import GeneralizedHyperConnection, SlotNorm
-from .modeling_vwn import CONNECTIONS
 from .over_width import GroupNorm
 from .upcycling import UpcyclingRecipe, widen_config
 
@@ -195,7 +194,7 @@ def part_of(name: str, backbone: Backbone) -> str:
     words = set(name.split("."))
     kinds = {
         "connection norm": {"slot_norm"},
-        "connection coefficients": set(CONNECTIONS),
+        "connection coefficients": {*backbone.connections},
         "group norm": {"group_norm"},
         "reduce": {"reduce"},
         "embedding": {"embed_tokens"},
@@ -203,8 +202,8 @@ def part_of(name: str, backbone: Backbone) -> str:
         "mixing": {"mixing"},
         "router": {"gate", "router"},
         "experts": {"experts"},
-        "attention projections": {backbone.attention.module},
-        "feed-forward": {backbone.feed_forward.module},
+        "attention projections": backbone.attention_modules,
+        "feed-forward": backbone.feed_forward_modules,
     }
     kind = next((kind for kind, modules in kinds.items() if words & modules), "norms")
     return f"MTP {kind}" if "mtp" in words else kind
@@ -231,7 +230,13 @@ def count(
 
 def active_share(name: str, parameter: Tensor, config: PreTrainedConfig) -> float:
     """Share of a parameter that one token uses: of the routed experts, [experts, …], those that it is sent to."""
-    return config.num_experts_per_tok / parameter.shape[0] if "experts" in name.split(".") else 1
+    return experts_per_token(config) / parameter.shape[0] if "experts" in name.split(".") else 1
+
+
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """How many routed experts a token is sent to, by the name that the family gives it."""
+    names = ("num_experts_per_tok", "moe_topk", "moe_k")
+    return next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
 
 
 def uses_per_token(name: str, parameter: Tensor, config: PreTrainedConfig) -> float:
@@ -239,7 +244,7 @@ def uses_per_token(name: str, parameter: Tensor, config: PreTrainedConfig) -> fl
     module, _, kind = name.rpartition(".")
     if parameter.dim() < 2 or module.endswith("embed_tokens"):
         return 0
-    if any(connection in module for connection in CONNECTIONS):
+    if "_connection." in f"{module}.":
         return config.vwn_slots if kind == "proj" else 0
     if module.endswith(".mixing"):
         return config.vwn_slots
@@ -255,10 +260,23 @@ def module_flops(
         return Counter({part: 4 * config.virtual_width})  # square, add, times 1 / rms, times weight
     if isinstance(module, GeneralizedHyperConnection):
         return Counter({part.replace("coefficients", key): value for key, value in mixing_flops(config).items()})
-    if name.rpartition(".")[2] == backbone.attention.module:
+    if is_attention(name, module, config, backbone):
         keys = mean_visible_keys(config, module.layer_idx, sequence_length)
         return Counter({part.replace("projections", "scores"): score_flops(module, config, keys)})
     return Counter()
+
+
+def is_attention(name: str, module: nn.Module, config: PreTrainedConfig, backbone: Backbone) -> bool:
+    """Whether a module is one that a layer mixes tokens with, and keeps keys and values.
+
+    Linear attention and convolutions do not; what they do without weights is left out.
+    """
+    names = {entry for sublayer in backbone.sublayers if sublayer.attends for entry in sublayer.modules}
+    if not any(f".{name}".endswith(f".{entry}") for entry in names) or not hasattr(module, "layer_idx"):
+        return False
+    types = getattr(config, "layer_types", None)
+    kind = types[min(module.layer_idx, len(types) - 1)] if types else "full_attention"
+    return kind.endswith("attention") and kind != "linear_attention"
 
 
 def mixing_flops(config: PreTrainedConfig) -> dict[str, int]:
@@ -272,7 +290,8 @@ def score_flops(attention: nn.Module, config: PreTrainedConfig, keys: float) -> 
     """Queries times keys, and probabilities times values."""
     query_width = getattr(attention, "qk_head_dim", None) or attention.head_dim
     value_width = getattr(attention, "v_head_dim", None) or attention.head_dim
-    return 2 * config.num_attention_heads * (query_width + value_width) * keys
+    heads = getattr(attention, "num_heads", None) or config.num_attention_heads
+    return 2 * heads * (query_width + value_width) * keys
 
 
 def mean_visible_keys(config: PreTrainedConfig, layer: int, sequence_length: int) -> float:
@@ -306,9 +325,10 @@ def measure_memory(model: PreTrainedModel, config: PreTrainedConfig, dtype: str)
 def memory_part(name: str) -> str | None:
     """What a module's memory is counted under; None for the backbone's modules and for parts of connections."""
     kinds = {"embed_tokens.expansion": "embedding map", "group_norm": "group norm", "reduce": "reduce"}
-    kinds |= dict.fromkeys(CONNECTIONS, "connections")
-    kinds |= {"mixing": "mixing", "state_norm": "slot norms", "embedding_norm": "slot norms"}
+    if name.startswith("mtp."):
+        kinds |= {"mixing": "mixing", "state_norm": "slot norms", "embedding_norm": "slot norms"}
     kind = next((kind for ending, kind in kinds.items() if f".{name}".endswith(f".{ending}")), None)
+    kind = "connections" if name.endswith("_connection") else kind
     return f"MTP {kind}" if kind and name.startswith("mtp.") else kind
 
 

@@ -68,6 +68,8 @@ class VwnConfigMixin:
     num_mtp_layers: int = 0
     mtp_loss_weight: float = 0.3
 
+    required_of_backbone = ()  # (field, value) of the backbone's config that its row in `backbones.py` holds for
+
     def __post_init__(self, **kwargs):
         preset = kwargs.pop("vwn_preset", None)
         self.vwn_segments = resolve_segments(self.vwn_segments, self.vwn_slots, preset)
@@ -105,6 +107,11 @@ class VwnConfigMixin:
             raise ValueError(
                 "vwn_segments=None stands for a default at construction only. Set a number, for example 4."
             )
+        for name, value in self.required_of_backbone:
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: VWN knows this family's decoder layer with {name}={value!r} only."
+                )
         check_widths(self.hidden_size, self.vwn_segments, self.vwn_slots)
         check_carry(self.vwn_carry)
         if self.vwn_embedding not in EMBEDDING_FORMS:

@@ -57,12 +57,20 @@ class SlotMap(nn.Module):
 
     `bias` [n, k] is the static matrix, and all there is when `dynamic` is off; `proj` [d, k] and `scale` [n, k]
     are the dynamic part. It starts with proj = 0, scale = 1 and a 0/1 bias: target j takes slot j, or, `cyclic`,
-    slots j, j + k, j + 2k, …
+    slots j, j + k, j + 2k, …; targets before `first_target` take none.
     """
 
-    def __init__(self, slot_width: int, slots: int, targets: int, cyclic: bool = False, dynamic: bool = True):
+    def __init__(
+        self,
+        slot_width: int,
+        slots: int,
+        targets: int,
+        cyclic: bool = False,
+        dynamic: bool = True,
+        first_target: int = 0,
+    ):
         super().__init__()
-        self.cyclic = cyclic
+        self.cyclic, self.first_target = cyclic, first_target
         self.temperature = math.sqrt(slot_width)  # τ
         dtype = parameter_dtype()
         self.bias = nn.Parameter(torch.empty(slots, targets, dtype=dtype))
@@ -81,7 +89,9 @@ class SlotMap(nn.Module):
         """Initial value of each parameter by name, float32."""
         slots, targets = self.bias.shape
         source = torch.arange(slots) % targets if self.cyclic else torch.arange(slots)
-        values = {"bias": (source[:, None] == torch.arange(targets)).float()}
+        bias = (source[:, None] == torch.arange(targets)).float()
+        bias[:, : self.first_target] = 0
+        values = {"bias": bias}
         if self.dynamic:
             values |= {"proj": torch.zeros(self.proj.shape), "scale": torch.ones(self.scale.shape)}
         return values
@@ -152,13 +162,15 @@ class GeneralizedHyperConnection(nn.Module):
         eps: added to the mean square in `slot_norm`.
         carry: how slots are carried past the sublayer: "free", by any matrix, as in the paper; "identity", unchanged,
             without parameters or a product; "doubly_stochastic", by a matrix whose rows and columns sum to 1.
+        residual: whether the first m slots are carried at the start. Not where the sublayer adds its input itself.
 
     With the initial values the first m slots are an ordinary residual stream.
     Parameters: `{read,carry,write}.{bias,proj,scale}` and `slot_norm.weight` (absent where not dynamic; no `carry.*`
     with carry="identity").
 
     Raises:
-        ValueError: segments does not divide hidden_size, slots < segments, or carry is not one of `CARRIES`.
+        ValueError: segments does not divide hidden_size, slots < segments, carry is not one of `CARRIES`, or no
+            other than "free" without residual.
     """
 
     def __init__(
@@ -170,20 +182,23 @@ class GeneralizedHyperConnection(nn.Module):
         eps: float = 1e-6,
         *,
         carry: str = "free",
+        residual: bool = True,
     ):
         super().__init__()
         check_widths(hidden_size, segments, slots)
-        check_carry(carry)
+        check_carry(carry, residual)
         self.segments, self.slots = segments, slots
         slot_width = hidden_size // segments
         self.slot_norm = SlotNorm(slot_width, eps) if dynamic else nn.Identity()
         self.read = SlotMap(slot_width, slots, segments, dynamic=dynamic)
-        carry_class = CARRIES[carry]
-        self.carry = carry_class(slot_width, slots, slots, dynamic=dynamic) if carry_class else None
+        carry_class, first_target = CARRIES[carry], 0 if residual else segments
+        self.carry = None
+        if carry_class:
+            self.carry = carry_class(slot_width, slots, slots, dynamic=dynamic, first_target=first_target)
         self.write = SlotMap(slot_width, slots, segments, cyclic=True, dynamic=dynamic)
         reset_parameters(self)
 
-    def forward(self, hidden_states: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, hidden_states: Tensor, sublayer: Callable[[Tensor], Tensor | tuple[Tensor, ...]]) -> Tensor:
         """Read a sublayer's input from the slots, run it, write its output back, carry the slots on.
 
             input[j] = sum_i read[i, j] · slot[i]
@@ -193,7 +208,8 @@ class GeneralizedHyperConnection(nn.Module):
 
         Args:
             hidden_states: over-width state, [..., n·d]; slot i is [..., i·d:(i+1)·d].
-            sublayer: any callable [..., m·d] -> [..., m·d], with its own pre-norm.
+            sublayer: any callable [..., m·d] -> [..., m·d], with its own pre-norm. Of several outputs the sum is
+                written; they are added one after another, each sum in hidden_states' dtype, as a backbone adds them.
         Returns:
             over-width state after the sublayer, [..., n·d], in hidden_states' dtype.
         """
@@ -204,11 +220,13 @@ class GeneralizedHyperConnection(nn.Module):
             read, write = self.read(normed), self.write(normed)
             carry = self.carry(normed) if self.carry is not None else None
             sublayer_input = mix(read, slots).flatten(-2).to(dtype)
-        sublayer_output = sublayer(sublayer_input)
+        outputs = sublayer(sublayer_input)
         with torch.autocast(device_type, enabled=False):
-            segments = sublayer_output.to(slots.dtype).unflatten(-1, (self.segments, -1))
-            carried = mix(carry, slots) if carry is not None else slots
-            return (mix(write.mT, segments) + carried).flatten(-2).to(dtype)
+            state = mix(carry, slots) if carry is not None else slots
+            for output in outputs if isinstance(outputs, tuple) else (outputs,):
+                segments = output.to(slots.dtype).unflatten(-1, (self.segments, -1))
+                state = (mix(write.mT, segments) + state.to(slots.dtype)).to(dtype)
+            return state.flatten(-2)
 
 
 def mix(matrix: Tensor, slots: Tensor) -> Tensor:
@@ -231,10 +249,15 @@ def check_widths(hidden_size: int, segments: int, slots: int) -> None:
         )
 
 
-def check_carry(carry: str) -> None:
-    """Raise ValueError unless `carry` names a way of carrying slots."""
+def check_carry(carry: str, residual: bool = True) -> None:
+    """Raise ValueError unless `carry` names a way of carrying slots, and one that can start without a residual."""
     if carry not in CARRIES:
         raise ValueError(f"carry={carry!r} is not one of {tuple(CARRIES)}.")
+    if not residual and carry != "free":
+        raise ValueError(
+            f"carry={carry!r}: this backbone adds a sublayer's output to its normed input, so that nothing is carried "
+            "past it at the start, which only carry='free' can express."
+        )
 
 
 @torch.no_grad()

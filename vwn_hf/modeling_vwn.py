@@ -13,15 +13,16 @@ One token's way (B batch, S sequence, D hidden size, D' = n·d over-width, V voc
 
 Masks, rotary embeddings, cache, attention and expert kernels, router loss and parallel plans are the family's.
 The classes of a family, `VwnOlmoeConfig`, `VwnOlmoeModel`, `VwnOlmoeForCausalLM`, …, are made from its row in
-`backbones.py` by `build_family` when this module is imported.
+`backbones.py` by `build_family` when one is first asked for.
 """
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from types import SimpleNamespace
 
 import torch
@@ -35,7 +36,7 @@ from transformers import (
     initialization,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
@@ -55,7 +56,6 @@ from .multi_token_prediction import (
 )
 from .over_width import GroupNorm, OverWidthLinear, ProjectedEmbedding, ScaledCopiesEmbedding
 
-CONNECTIONS = ("attention_connection", "feed_forward_connection")
 MTP_NOT_TRAINED = (
     "This step does not train the multi-token prediction modules: their loss is computed where the causal language "
     "model is called with `labels`, and it was not. If that is intended, set num_mtp_layers=0. trl's SFTTrainer "
@@ -73,7 +73,8 @@ class VwnDecoderLayerMixin:
         self.add_connections(config)
 
     def add_connections(self, config) -> None:
-        for name in CONNECTIONS:
+        self.arguments_of = {}
+        for sublayer in self.backbone.sublayers:
             connection = GeneralizedHyperConnection(
                 config.hidden_size,
                 config.vwn_segments,
@@ -81,26 +82,71 @@ class VwnDecoderLayerMixin:
                 config.vwn_dynamic,
                 config.vwn_norm_eps,
                 carry=config.vwn_carry,
+                residual=sublayer.normed_residual is None,
             )
-            self.add_module(name, connection)
+            self.add_module(sublayer.connection, connection)
+            for name in (*sublayer.modules, *sublayer.parallel, *filter(None, [sublayer.shortcut])):
+                module = find_module(self, name)
+                if module is not None:
+                    self.arguments_of[name] = argument_names(module)
 
     def __call__(self, hidden_states: Tensor, *args, mtp_record: StackRecord | None = None, **kwargs) -> Tensor:
         # here and not in `forward`, so that it stands outside of activation checkpointing's recomputation
-        output = super().__call__(hidden_states, *args, **kwargs)
-        if mtp_record is not None:
-            mtp_record.add(hidden_states, output, kwargs)
+        if mtp_record is None:
+            return super().__call__(hidden_states, *args, **kwargs)
+        output = super().__call__(hidden_states, *args, **kwargs) if mtp_record.run_layers else hidden_states
+        mtp_record.add(hidden_states, output, kwargs)
         return output
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        hidden_states = self.attention_connection(
-            hidden_states, lambda x: self.run(self.backbone.attention, x, **kwargs)
-        )
-        return self.feed_forward_connection(hidden_states, lambda x: self.run(self.backbone.feed_forward, x))
+    def forward(self, hidden_states: Tensor, **arguments) -> Tensor:
+        shortcuts = []
+        for sublayer in self.backbone.sublayers:
+            connection = getattr(self, sublayer.connection)
+            hidden_states = connection(hidden_states, partial(self.run, sublayer, arguments, shortcuts))
+        return hidden_states
 
-    def run(self, sublayer: Sublayer, hidden_states: Tensor, **kwargs) -> Tensor:
-        """One residual branch of the family's layer at width D, without its residual."""
-        output = getattr(self, sublayer.module)(getattr(self, sublayer.norm)(hidden_states), **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+    def run(self, sublayer: Sublayer, arguments: dict, shortcuts: list[Tensor], hidden_states: Tensor):
+        """A sublayer of the family's layer at width D, without its residual: one output, or several to be added."""
+        normed = hidden_states if sublayer.norm is None else self.get_submodule(sublayer.norm)(hidden_states)
+        output, *others = [self.call(n, normed, arguments) for n in sublayer.modules if n in self.arguments_of]
+        for other in others:
+            output = output + other
+        for name in sublayer.after:
+            output = self.get_submodule(name)(output)
+        if sublayer.multiplier is not None:
+            output = output * getattr(self, sublayer.multiplier)
+        if sublayer.normed_residual is not None:
+            output = normed * getattr(self, sublayer.normed_residual) + output
+        if sublayer.shortcut is not None:
+            shortcuts.append(self.call(sublayer.shortcut, normed, arguments))
+        parallel = [self.call(name, normed, arguments) for name in sublayer.parallel]
+        if sublayer is self.backbone.sublayers[-1]:
+            parallel += shortcuts
+        return (output, *parallel) if parallel else output
+
+    def call(self, name: str, hidden_states: Tensor, arguments: dict) -> Tensor:
+        """One of the layer's modules, [B, S, D] -> [B, S, D], with those of the layer's arguments that it takes."""
+        cache_name, accepted = self.arguments_of[name]
+        arguments = {cache_name if key == "past_key_values" else key: value for key, value in arguments.items()}
+        if accepted is not None:
+            arguments = {key: value for key, value in arguments.items() if key in accepted}
+        output = self.get_submodule(name)(hidden_states, **arguments)
+        return (output[0] if isinstance(output, tuple) else output).reshape(hidden_states.shape)
+
+
+def find_module(parent: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of that dotted name, if there is one."""
+    for part in name.split("."):
+        parent = getattr(parent, part, None)
+    return parent
+
+
+def argument_names(module: nn.Module) -> tuple[str, tuple[str, ...] | None]:
+    """What a module calls the cache, and which arguments it takes; None: any."""
+    parameters = inspect.signature(type(module).forward).parameters
+    cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"  # linear and full attention
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return cache_name, None if takes_any else tuple(parameters)
 
 
 class VwnNormMixin:
@@ -116,6 +162,21 @@ class VwnNormMixin:
         if self.group_norm is not None:
             hidden_states = self.group_norm(hidden_states)
         return super().forward(self.reduce(hidden_states))
+
+    def renewed(self, config) -> "VwnNormMixin":
+        """Another norm of the same class and settings, with parameters of its own, still unwritten."""
+        other = copy.copy(self)
+        other._modules, other._parameters, other._is_hf_initialized = {}, {}, False
+        for name, parameter in self._parameters.items():
+            empty = None if parameter is None else nn.Parameter(torch.empty_like(parameter))
+            other.register_parameter(name, empty)
+        other.add_reduce(config)
+        return other
+
+
+def norm_epsilon(norm: nn.Module) -> float:
+    """What a norm adds to the mean square; 1e-5, as in torch's layer norm, where the module has no field for it."""
+    return next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), 1e-5)
 
 
 class VwnPreTrainedMixin:
@@ -159,26 +220,26 @@ class VwnModelMixin(VwnPreTrainedMixin):
         Their class is changed rather than their content copied, so that the backbone is built only once.
         """
         classes = build_family(self.backbone)
-        if config.vwn_embedding == "projected":
-            self.embed_tokens = ProjectedEmbedding(
-                config.vocab_size, config.table_width, config.virtual_width, self.padding_idx
-            )
-        elif config.vwn_embedding == "scaled_copies":
-            self.embed_tokens = ScaledCopiesEmbedding(
-                config.vocab_size, config.hidden_size, config.vwn_segments, config.vwn_slots, self.padding_idx
-            )
-        else:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.virtual_width, self.padding_idx)
+        self.embed_tokens = over_width_embedding(self.embed_tokens, config)
         for layer in self.layers:
             layer.__class__ = classes.DecoderLayer
             layer.add_connections(config)
-        self.norm.__class__ = classes.Norm
-        self.norm.add_reduce(config)
+        self.last_norm.__class__ = classes.norms[type(self.last_norm)]
+        self.last_norm.add_reduce(config)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return getattr(self, self.backbone.last_norm)
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
     ):
-        """The family's forward. `inputs_embeds` is D' wide, or as wide as the embedding's table."""
+        """The family's forward. `inputs_embeds` is D' wide, or as wide as the embedding's table.
+
+        `mtp_outputs`, if given, are returned: `VwnCausalLMMixin.family_outputs` has the family's head run on them.
+        """
+        if "mtp_outputs" in kwargs:
+            return kwargs["mtp_outputs"]
         if self.config.num_mtp_layers and self.training and torch.is_grad_enabled() and "mtp_record" not in kwargs:
             warnings.warn(MTP_NOT_TRAINED, stacklevel=2)
         if inputs_embeds is not None:
@@ -207,6 +268,19 @@ class VwnModelMixin(VwnPreTrainedMixin):
         )
 
 
+def over_width_embedding(embedding: nn.Embedding, config) -> nn.Embedding:
+    """The embedding that takes the place of the family's, with its padding token and scale."""
+    scale = getattr(embedding, "scalar_embed_scale", 1.0)
+    vocabulary, padding = config.vocab_size, embedding.padding_idx
+    if config.vwn_embedding == "projected":
+        return ProjectedEmbedding(vocabulary, config.table_width, config.virtual_width, padding, scale)
+    if config.vwn_embedding == "scaled_copies":
+        sizes = (config.hidden_size, config.vwn_segments, config.vwn_slots)
+        return ScaledCopiesEmbedding(vocabulary, *sizes, padding, scale)
+    scales = {} if type(embedding) is nn.Embedding else {"embed_scale": scale}
+    return type(embedding)(vocabulary, config.virtual_width, padding, **scales)
+
+
 class VwnCausalLMMixin(VwnPreTrainedMixin):
     """A family's causal language model over its VWN base model, and its modules of multi-token prediction.
 
@@ -218,27 +292,46 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
     mtp_acceptance: MtpAcceptance | None = None
 
     def __init__(self, config):
-        device = torch.empty(0).device
+        probe = torch.empty(0)
+        fake = type(probe) is not Tensor  # under fake tensors, nothing costs memory anyway
         checkpointing = getattr(config, "gradient_checkpointing", False)
-        with torch.device("meta"):  # what the family builds first costs nothing: its base model is replaced
+        with nullcontext() if fake else torch.device("meta"):  # what the family builds first is replaced
             super().__init__(config)
         if checkpointing:  # what was built first has used the flag up; it is for the model built next
             config.gradient_checkpointing = True
         self.model = build_family(self.backbone).Model(config)
         for head in self.children():
-            if head is not self.model:
-                head.to_empty(device=device)  # and `post_init` initializes it
+            if head is not self.model and not fake:
+                head.to_empty(device=probe.device)  # and `post_init` initializes it
         if config.num_mtp_layers:
             self.mtp = nn.ModuleList(self.new_mtp_module(config) for _ in range(config.num_mtp_layers))
         self.post_init()
 
+    @property
+    def mtp_source_layer(self) -> int:
+        """Number of the layer that MTP modules are like: the last one that keeps keys and values."""
+        return last_attention_layer(self.config, len(self.model.layers))
+
     def new_mtp_module(self, config) -> MultiTokenPredictor:
-        """A module whose decoder layer is like the stack's last; its attention keeps a cache of its own."""
-        layer = type(self.model.layers[-1])(config, config.num_hidden_layers - 1)
-        getattr(layer, self.backbone.attention.module).layer_idx = 0
-        norm = type(self.model.norm)(config.hidden_size, eps=self.model.norm.variance_epsilon)
-        norm.add_reduce(config)
+        """A module whose decoder layer is like one of the stack's; its attention keeps a cache of its own."""
+        number = self.mtp_source_layer
+        layer = type(self.model.layers[number])(config, number)
+        modules = [layer.get_submodule(name) for name in layer.arguments_of]
+        for index, module in enumerate(module for module in modules if hasattr(module, "layer_idx")):
+            module.layer_idx = index
+        norm = self.model.last_norm.renewed(config)
         return MultiTokenPredictor(layer, norm, config.slot_width, config.vwn_slots, config.vwn_norm_eps)
+
+    def family_outputs(self, hidden_states: Tensor, router_logits: tuple[Tensor, ...] | None = None, **kwargs):
+        """What the family's causal language model makes of these last hidden states [B, S, D] and router logits."""
+        given = MoeModelOutputWithPast(last_hidden_state=hidden_states, router_logits=router_logits)
+        forward = self.backbone.modeling_class("ForCausalLM").forward
+        with_routers = router_logits is not None
+        return forward(self, mtp_outputs=given, output_router_logits=with_routers, return_dict=True, **kwargs)
+
+    def head_logits(self, hidden_states: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, V], with the family's scale or soft-cap."""
+        return self.family_outputs(hidden_states).logits
 
     def mtp_losses(
         self,
@@ -255,13 +348,14 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
             num_items_in_batch: what the sum over targets is divided by in training, as in the next-token loss.
                 Without it, and in evaluation, each loss is the mean over its own targets.
         """
-        arguments, state, losses = record.arguments_without_cache, record.state, []
+        arguments = record.arguments_without_cache(self.mtp_source_layer)
+        state, losses = record.state, []
         items = num_items_in_batch if self.training else None
         for depth, module in enumerate(self.mtp, start=1):
             targets = mtp_targets(next_tokens, depth, arguments.get("position_ids"), attention_mask)
             state, hidden_states = module(state, shift_left(record.embedding, depth), **arguments)
             loss = self.loss_function(
-                logits=self.lm_head(hidden_states),
+                logits=self.head_logits(hidden_states),
                 labels=None,
                 vocab_size=self.config.vocab_size,
                 shift_labels=targets,
@@ -273,14 +367,13 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
     @contextmanager
     def router_logits_of_mtp(self) -> Iterator[list[Tensor]]:
         """Collects what the routers in the MTP modules give, [B·S, experts] each; nothing in a family without."""
-        recorder = (type(self)._can_record_outputs or {}).get("router_logits")
+        recorders = (type(self)._can_record_outputs or {}).get("router_logits", [])
         logits, hooks = [], []
-        if isinstance(recorder, OutputRecorder):
-            routers = [module for module in self.mtp.modules() if isinstance(module, recorder.target_class)]
-            hooks = [
-                router.register_forward_hook(lambda module, inputs, output: logits.append(output[recorder.index]))
-                for router in routers
-            ]
+        for recorder in recorders if isinstance(recorders, list) else [recorders]:
+            if isinstance(recorder, OutputRecorder):
+                routers = [module for module in self.mtp.modules() if isinstance(module, recorder.target_class)]
+                keep = partial(keep_output, logits, recorder.index)
+                hooks += [router.register_forward_hook(keep) for router in routers]
         try:
             yield logits
         finally:
@@ -289,8 +382,8 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
 
     def router_loss(self, router_logits: list[Tensor], attention_mask: Tensor | None) -> Tensor:
         """The family's load balancing loss of these routers."""
-        family_loss = self.backbone.modeling.load_balancing_loss_func
-        return family_loss(tuple(router_logits), self.num_experts, self.num_experts_per_tok, attention_mask)
+        nothing = router_logits[0].new_zeros(1, 1, self.config.hidden_size, dtype=self.dtype)
+        return self.family_outputs(nothing, tuple(router_logits), attention_mask=attention_mask).aux_loss
 
     def _get_candidate_generator(self, generation_config, *, logits_processor, model_kwargs, **kwargs):
         # transformers' own MTP generator reads the modules from disk again and knows no over-width state
@@ -314,6 +407,27 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
         generator = MtpCandidateGenerator(self, logits_processor, generation_config.do_sample)
         self.mtp_acceptance = generator.acceptance
         return generator
+
+
+def keep_output(kept: list[Tensor], index: int, module: nn.Module, inputs: tuple, output: tuple) -> None:
+    """A forward hook that appends one of a module's outputs."""
+    kept.append(output[index])
+
+
+def last_attention_layer(config, layers: int) -> int:
+    """Number of the last layer whose attention keeps keys and values, which linear attention and convolutions do not.
+
+    Raises:
+        ValueError: there is none.
+    """
+    types = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    numbers = [i for i in range(layers) if types[i].endswith("attention") and types[i] != "linear_attention"]
+    if not numbers:
+        raise ValueError(
+            f"num_mtp_layers={config.num_mtp_layers}: modules of multi-token prediction are like the last layer that "
+            f"attends to keys and values, and layer_types has none: {types}. Set num_mtp_layers=0."
+        )
+    return numbers[-1]
 
 
 def forward_with_mtp(family_forward: Callable) -> Callable:
@@ -345,7 +459,7 @@ def forward_with_mtp(family_forward: Callable) -> Callable:
             outputs["loss"] = outputs["loss"] + self.config.mtp_loss_weight * losses.mean()
             if outputs.get("aux_loss") is not None:
                 balance = self.router_loss(router_logits, kwargs.get("attention_mask"))
-                outputs["loss"] = outputs["loss"] + self.router_aux_loss_coef * balance
+                outputs["loss"] = outputs["loss"] + getattr(self, self.backbone.router_loss_factor) * balance
         return OUTPUTS_WITH_MTP[type(outputs)](**outputs, mtp_losses=losses)
 
     return forward
@@ -371,9 +485,13 @@ OUTPUTS_WITH_MTP = {
 }
 
 
+IGNORE = "keys_to_ignore_at_inference"
+SUFFIXES = ("Config", "Model", "ForCausalLM", "DecoderLayer")
+
+
 @cache
 def build_family(backbone: Backbone) -> SimpleNamespace:
-    """The VWN classes of a family: Config, DecoderLayer, Norm, Model, ForCausalLM."""
+    """The VWN classes of a family, known to the Auto classes: Config, DecoderLayer, norms, Model, ForCausalLM."""
     family, prefix = backbone.modeling_class, f"Vwn{backbone.prefix}"
     config = strict(
         _subclass(
@@ -381,16 +499,23 @@ def build_family(backbone: Backbone) -> SimpleNamespace:
             VwnConfigMixin,
             backbone.config_class,
             model_type=backbone.vwn_model_type,
-            keys_to_ignore_at_inference=[*backbone.config_class.keys_to_ignore_at_inference, "mtp_losses"],
+            keys_to_ignore_at_inference=[*getattr(backbone.config_class, IGNORE, ()), "mtp_losses"],
+            required_of_backbone=backbone.requires,
         )
     )
     layer = _subclass(f"{prefix}DecoderLayer", VwnDecoderLayerMixin, family("DecoderLayer"), backbone=backbone)
-    norm = _subclass(f"{prefix}RMSNorm", VwnNormMixin, family("RMSNorm"))
+    norms = {}
+    for suffix in backbone.norms:
+        norm = family(suffix, default=getattr(nn, suffix, None))  # some families use torch's layer norm
+        norms[norm] = _subclass(f"{prefix}{suffix}", VwnNormMixin, norm)
     shared = {
         "backbone": backbone,
         "config_class": config,
         "_no_split_modules": [layer.__name__],
-        "_keep_in_fp32_modules_strict": {*(family("PreTrainedModel")._keep_in_fp32_modules_strict or ()), *CONNECTIONS},
+        "_keep_in_fp32_modules_strict": {
+            *(family("PreTrainedModel")._keep_in_fp32_modules_strict or ()),
+            *backbone.connections,
+        },
     }
     model = _subclass(
         f"{prefix}Model", VwnModelMixin, family("Model"), **shared, _keys_to_ignore_on_load_unexpected=[r"^mtp\."]
@@ -402,7 +527,18 @@ def build_family(backbone: Backbone) -> SimpleNamespace:
         **shared,
         forward=forward_with_mtp(family("ForCausalLM").forward),
     )
-    return SimpleNamespace(Config=config, DecoderLayer=layer, Norm=norm, Model=model, ForCausalLM=causal_lm)
+    classes = SimpleNamespace(Config=config, DecoderLayer=layer, norms=norms, Model=model, ForCausalLM=causal_lm)
+    register_classes(backbone, classes)
+    return classes
+
+
+def __getattr__(name: str) -> type:
+    """A family's class by its name, which pickle and multi-process launchers look up too."""
+    for backbone in BACKBONES.values():
+        if name in (f"Vwn{backbone.prefix}{suffix}" for suffix in (*SUFFIXES, *backbone.norms)):
+            build_family(backbone)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _subclass(name: str, mixin: type, family_class: type, **attributes) -> type:
@@ -423,9 +559,8 @@ def added_parameters(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter in added or "mtp" in name.split(".")]
 
 
-def register_family(backbone: Backbone) -> None:
-    """Make a family known to the Auto classes and to the checkpoint converter."""
-    classes = build_family(backbone)
+def register_classes(backbone: Backbone, classes: SimpleNamespace) -> None:
+    """Make a family's classes known to the Auto classes and to the checkpoint converter."""
     AutoConfig.register(backbone.vwn_model_type, classes.Config, exist_ok=True)
     AutoModel.register(classes.Config, classes.Model, exist_ok=True)
     AutoModelForCausalLM.register(classes.Config, classes.ForCausalLM, exist_ok=True)
@@ -435,7 +570,3 @@ def register_family(backbone: Backbone) -> None:
     conversion = get_checkpoint_conversion_mapping(backbone.model_type)
     if conversion is not None:
         register_checkpoint_conversion_mapping(backbone.vwn_model_type, conversion, overwrite=True)
-
-
-for _backbone in BACKBONES.values():
-    register_family(_backbone)

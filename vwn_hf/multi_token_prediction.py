@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.masking_utils import create_masks_for_generate
 
 from .hyper_connections import SlotNorm
 
@@ -79,22 +78,27 @@ class StackRecord:
     """What multi-token prediction takes from one pass through the decoder layers; given to them as `mtp_record`.
 
     Not a container type, so that wrappers which copy their arguments' containers hand on this very object.
+
+    Args:
+        run_layers: False: layers only add what they were called with and hand on their input, so that a pass shows
+            how the family scales the embedding and which masks and positions it makes for each layer.
     """
 
-    def __init__(self):
+    def __init__(self, run_layers: bool = True):
+        self.run_layers = run_layers
         self.embedding: Tensor | None = None  # [B, S, D'], input of the first layer
         self.state: Tensor | None = None  # [B, S, D'], output of the last layer
-        self.layer_arguments: dict[str, Any] = {}  # what the last layer was called with
+        self.layer_arguments: list[dict[str, Any]] = []  # what each layer was called with
 
     def add(self, layer_input: Tensor, layer_output: Tensor, layer_arguments: dict[str, Any]) -> None:
         """Called with each layer's input, output and arguments, in order."""
-        if self.state is None:
+        if not self.layer_arguments:
             self.embedding = layer_input
-        self.state, self.layer_arguments = layer_output, layer_arguments
+        self.state = layer_output
+        self.layer_arguments.append(layer_arguments)
 
-    @property
-    def arguments_without_cache(self) -> dict[str, Any]:
-        return {**self.layer_arguments, "past_key_values": None, "use_cache": False}
+    def arguments_without_cache(self, layer: int = -1) -> dict[str, Any]:
+        return {**self.layer_arguments[layer], "past_key_values": None, "use_cache": False}
 
 
 def shift_left(values: Tensor, steps: int, fill: float = 0.0) -> Tensor:
@@ -190,7 +194,7 @@ class MtpCandidateGenerator(CandidateGenerator):
         if is_first_iteration:
             return input_ids, None
         known = input_ids.shape[1] - 1  # positions whose token and state are known
-        state = self.record.state[:, : known - self.processed]
+        state, self.record.layer_arguments = self.record.state[:, : known - self.processed], []
         tokens, logits, kept = input_ids, [], [state[:, :0]]
         for depth, module in enumerate(self.model.mtp, start=1):
             start = max(0, self.processed - depth + 1)
@@ -215,17 +219,18 @@ class MtpCandidateGenerator(CandidateGenerator):
             position_ids = torch.arange(known, device=tokens.device)[None]
         position_ids = position_ids[:, start:known]
         mask = mask[:, :known] if mask is not None and mask.dim() == 2 else None
-        masks = create_masks_for_generate(self.model.config, state, mask, cache, position_ids)
-        state, hidden_states = module(
-            state,
-            base.embed_tokens(tokens[:, start + depth : known + depth]),
-            attention_mask=masks[self.model.config.layer_types[-1]] if isinstance(masks, dict) else masks,
+        called = StackRecord(run_layers=False)
+        base(
+            input_ids=tokens[:, start + depth : known + depth],
+            attention_mask=mask,
             position_ids=position_ids,
-            position_embeddings=base.rotary_emb(state, position_ids),
             past_key_values=cache,
             use_cache=True,
+            mtp_record=called,
         )
-        logits = self.model.lm_head(hidden_states[:, -1]).float()
+        arguments = called.layer_arguments[self.model.mtp_source_layer]
+        state, hidden_states = module(state, called.embedding, **arguments)
+        logits = self.model.head_logits(hidden_states[:, -1:])[:, -1].float()
         return state, self.logits_processor(tokens, logits)
 
     def choose(self, scores: Tensor) -> Tensor:

@@ -42,18 +42,26 @@ class ProjectedEmbedding(nn.Embedding):
 
     Token ids [...] -> [..., D']. With k = D a tied `lm_head` can go on sharing the table.
     The extra rows of the map start with standard deviation 1/sqrt(k), which gives the extra
-    columns the scale of the table.
+    columns the scale of the table. `scale`: what the backbone multiplies the table's rows by.
     """
 
-    def __init__(self, num_embeddings: int, rank: int, virtual_width: int, padding_idx: int | None = None):
+    def __init__(
+        self, num_embeddings: int, rank: int, virtual_width: int, padding_idx: int | None = None, scale: float = 1.0
+    ):
         super().__init__(num_embeddings, rank, padding_idx)
+        self.scale = scale
         self.expansion = OverWidthLinear(rank, virtual_width, std=1 / math.sqrt(rank))
 
     def widen(self, embeddings: Tensor) -> Tensor:
         return self.expansion(embeddings)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.widen(super().forward(input_ids))
+        return self.widen(scaled(super().forward(input_ids), self.scale))
+
+
+def scaled(embeddings: Tensor, scale: float) -> Tensor:
+    """Times a number that is rounded to the embeddings' dtype first, as a scale kept in a tensor of it is."""
+    return embeddings if scale == 1 else embeddings * embeddings.new_full((), scale)
 
 
 class SlotScale(nn.Module):
@@ -87,19 +95,27 @@ class ScaledCopiesEmbedding(nn.Embedding):
     """Over-width embedding of a table [V, D] alone: its rows, copied cyclically, each slot times a learned factor.
 
     Token ids [...] -> [..., D']. The table stays D wide, so that a tied `lm_head` can go on sharing it.
+    `scale`: what the backbone multiplies the table's rows by.
     """
 
     def __init__(
-        self, num_embeddings: int, hidden_size: int, segments: int, slots: int, padding_idx: int | None = None
+        self,
+        num_embeddings: int,
+        hidden_size: int,
+        segments: int,
+        slots: int,
+        padding_idx: int | None = None,
+        scale: float = 1.0,
     ):
         super().__init__(num_embeddings, hidden_size, padding_idx)
+        self.scale = scale
         self.slot_scale = SlotScale(segments, slots)
 
     def widen(self, embeddings: Tensor) -> Tensor:
         return self.slot_scale(embeddings)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.widen(super().forward(input_ids))
+        return self.widen(scaled(super().forward(input_ids), self.scale))
 
 
 class GroupNorm(nn.Module):

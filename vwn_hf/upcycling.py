@@ -23,12 +23,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .backbones import get_backbone
+from .backbones import Backbone, get_backbone
 from .configuration_vwn import resolve_segments
-from .modeling_vwn import build_family
+from .modeling_vwn import build_family, last_attention_layer, norm_epsilon
 from .over_width import OverWidthLinear
 
-EMBEDDING_KEY = "model.embed_tokens.weight"
 SLOT_STARTS = ("noise", "copies", "zeros", "scaled_copies")
 DEFAULT_SLOT_START = "noise"
 REPORT_NAME = "upcycling_report.json"
@@ -326,16 +325,26 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
+def backbone_of(config: PreTrainedConfig) -> Backbone:
+    """The row of a backbone's config, or of the VWN config made from it."""
+    return get_backbone(config.model_type.removeprefix("vwn_"))
+
+
 def check_embedding(folder: Path, weight_map: dict[str, str], config: PreTrainedConfig) -> None:
-    if EMBEDDING_KEY not in weight_map:
-        raise UpcyclingError(f"{folder} has no tensor {EMBEDDING_KEY}; is it a causal language model's checkpoint?")
-    with safe_open(folder / weight_map[EMBEDDING_KEY], "pt") as file:
-        view = file.get_slice(EMBEDDING_KEY)
+    key = backbone_of(config).embedding_key
+    if key not in weight_map:
+        raise UpcyclingError(f"{folder} has no tensor {key}; is it a causal language model's checkpoint?")
+    with safe_open(folder / weight_map[key], "pt") as file:
+        view = file.get_slice(key)
         if view.get_shape() != [config.vocab_size, config.hidden_size]:
             raise UpcyclingError(
-                f"{EMBEDDING_KEY} has shape {view.get_shape()}, but config.json says vocab_size={config.vocab_size}, "
+                f"{key} has shape {view.get_shape()}, but config.json says vocab_size={config.vocab_size}, "
                 f"hidden_size={config.hidden_size}; correct config.json."
             )
+
+
+def number_of_layers(config: PreTrainedConfig) -> int:
+    return getattr(config, backbone_of(config).depth)
 
 
 def source_mtp_tensors(weight_map: dict[str, str], config: PreTrainedConfig) -> list[str]:
@@ -345,7 +354,7 @@ def source_mtp_tensors(weight_map: dict[str, str], config: PreTrainedConfig) -> 
         key
         for key in weight_map
         if key.startswith(("mtp.", "model.mtp."))
-        or ((match := layer.match(key)) and int(match[1]) >= config.num_hidden_layers)
+        or ((match := layer.match(key)) and int(match[1]) >= number_of_layers(config))
     )
 
 
@@ -385,15 +394,16 @@ def write_weights(
     dropped: set[str],
 ) -> int:
     """Write all shards and their index; return the number of parameters added."""
-    with safe_open(folder / weight_map[EMBEDDING_KEY], "pt") as file:
-        table = file.get_tensor(EMBEDDING_KEY)
+    key = backbone_of(config).embedding_key
+    with safe_open(folder / weight_map[key], "pt") as file:
+        table = file.get_tensor(key)
     changed = {}
     if config.table_width != config.hidden_size:
-        changed[EMBEDDING_KEY] = widen_table(table, config, slot_start, generator)
+        changed[key] = widen_table(table, config, slot_start, generator)
     if source_config.tie_word_embeddings and not config.tie_word_embeddings and "lm_head.weight" not in weight_map:
         changed["lm_head.weight"] = table
     changed |= new_tensors(config, slot_start, table.dtype, generator)
-    changed |= mtp_tensors(folder, weight_map, config)
+    changed |= mtp_tensors(folder, weight_map, config, table.dtype)
 
     names = sorted(set(weight_map.values()))
     shards = len(names) + 1
@@ -408,7 +418,7 @@ def write_weights(
     total_size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(new_map.items()))}
     (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    replaced = table.numel() if EMBEDDING_KEY in changed else 0
+    replaced = table.numel() if key in changed else 0
     return sum(tensor.numel() for tensor in changed.values()) - replaced
 
 
@@ -440,7 +450,7 @@ def new_tensors(
 ) -> dict[str, Tensor]:
     """The tensors that VWN adds, by name: connections in float32, the rest in `dtype`."""
     with torch.device("meta"):
-        model = build_family(get_backbone(config.model_type.removeprefix("vwn_"))).ForCausalLM(config)
+        model = build_family(backbone_of(config)).ForCausalLM(config)
     tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, OverWidthLinear):
@@ -458,16 +468,21 @@ def new_tensors(
     return tensors
 
 
-def mtp_tensors(folder: Path, weight_map: dict[str, str], config: PreTrainedConfig) -> dict[str, Tensor]:
+def mtp_tensors(
+    folder: Path, weight_map: dict[str, str], config: PreTrainedConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """What each MTP module takes from the source: its last layer and its last norm, and the start of the mixing."""
     tensors = {}
-    prefixes = {f"model.layers.{config.num_hidden_layers - 1}.": "layer.", "model.norm.": "norm."}
+    if not config.num_mtp_layers:
+        return tensors
+    layer = last_attention_layer(config, number_of_layers(config))
+    last_norm = backbone_of(config).last_norm
+    prefixes = {f"model.layers.{layer}.": "layer.", f"model.{last_norm}.": "norm."}
     for number in range(config.num_mtp_layers):
         for prefix, new_prefix in prefixes.items():
             for key in (key for key in weight_map if key.startswith(prefix)):
                 with safe_open(folder / weight_map[key], "pt") as file:
                     tensors[f"mtp.{number}.{new_prefix}{key.removeprefix(prefix)}"] = file.get_tensor(key)
-        dtype = tensors[f"mtp.{number}.norm.weight"].dtype
         tensors[f"mtp.{number}.mixing.weight"] = mixing_start(config.slot_width).to(dtype)
     return tensors
 
@@ -541,11 +556,14 @@ def _logits(folder: Path, tokens: Tensor) -> tuple[Tensor, dict, float]:
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", output_loading_info=True, trust_remote_code=False
     )
+    for parameter in model.parameters():  # as it lies in the file it may be unaligned, and be summed in another order
+        parameter.data = parameter.data.clone()
     mean_squares = []
     width = model.config.hidden_size
-    model.model.norm.register_forward_pre_hook(
+    last_norm = getattr(model.model, backbone_of(model.config).last_norm)
+    last_norm.register_forward_pre_hook(
         lambda module, inputs: mean_squares.append(inputs[0][..., :width].float().square().mean(-1).min().item())
     )
     logits = model.eval()(tokens).logits
-    epsilons = model.model.norm.variance_epsilon + getattr(model.config, "vwn_norm_eps", 0.0)
+    epsilons = norm_epsilon(last_norm) + getattr(model.config, "vwn_norm_eps", 0.0)
     return logits, info, epsilons / (2 * mean_squares[0]) if mean_squares[0] else 0.0
