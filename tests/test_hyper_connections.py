@@ -321,3 +321,28 @@ def test_a_thousand_carries_do_not_make_a_state_larger(dtype, rounding):
 def test_refuses_widths_that_do_not_fit(sizes, message):
     with pytest.raises(ValueError, match=message):
         GeneralizedHyperConnection(*sizes)
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+def test_several_outputs_are_written_as_their_sum(carry):
+    torch.manual_seed(0)
+    connection = GeneralizedHyperConnection(8, 2, 3, carry=carry).double()
+    with torch.no_grad():
+        for parameter in connection.parameters():
+            parameter.add_(torch.randn(parameter.shape))
+    hidden_states, (first, second) = torch.randn(2, 5, 12).double(), torch.randn(2, 8, 8).double()
+    expected = connection(hidden_states, lambda x: x @ first + x @ second)
+    actual = connection(hidden_states, lambda x: (x @ first, x @ second))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_residual_the_first_slots_start_as_the_output_alone():
+    connection = GeneralizedHyperConnection(8, 2, 5, residual=False)
+    hidden_states = torch.randn(2, 5, 20)
+    output = connection(hidden_states, lambda x: 3 * x)
+    assert torch.equal(output[..., :8], 3 * hidden_states[..., :8])
+    copies = torch.cat([hidden_states[..., :8], hidden_states[..., :4]], -1)
+    torch.testing.assert_close(output[..., 8:], hidden_states[..., 8:] + 3 * copies)
+    for carry in ("identity", "doubly_stochastic"):
+        with pytest.raises(ValueError, match="only carry='free' can express"):
+            GeneralizedHyperConnection(8, 2, 5, carry=carry, residual=False)

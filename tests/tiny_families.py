@@ -1,7 +1,6 @@
 """A tiny config of every family, with layer types mixed, windows short, and every scale and cap off its default.
 
-Fields beside these are those of `conftest.SHARED`. `True` in place of a list of options that a family does not have
-is never used: what a row needs is written out.
+Fields beside these are those of `conftest.SHARED`, with a width of 32.
 """
 
 WINDOW = 5  # shorter than the sequences that the tests use
@@ -119,7 +118,7 @@ MOE = {
     },
     "minimax_m2": {**MIXTRAL, "head_dim": 8},
     "mixtral": {**MIXTRAL, "sliding_window": WINDOW},
-    "olmoe": {"intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.3},
     "phimoe": {**MIXTRAL, "sliding_window": WINDOW, "attention_bias": True, "lm_head_bias": True,
                "router_jitter_noise": 0.0},
     "qwen2_moe": {
@@ -160,7 +159,7 @@ DENSE_FAMILIES = {
     "phi3": {**DENSE, "sliding_window": WINDOW},
     "qwen2": {**DENSE, "use_sliding_window": True, "sliding_window": WINDOW, "layer_types": SLIDING},
     "qwen3": {**DENSE, "head_dim": 12, "use_sliding_window": True, "sliding_window": WINDOW, "layer_types": SLIDING},
-    "seed_oss": {**DENSE, "head_dim": 8, "residual_dropout": 0.0},
+    "seed_oss": {**DENSE, "head_dim": 8, "residual_dropout": 0.0, "attention_dropout": 0.0},
     "smollm3": {**DENSE, "no_rope_layers": [1, 0]},
     "stablelm": {**DENSE, "use_qkv_bias": True, "qk_layernorm": True},
     "starcoder2": {**DENSE, "sliding_window": WINDOW},

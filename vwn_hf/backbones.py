@@ -82,6 +82,7 @@ LFM2 = (
     replace(ATTENTION, norm="operator_norm", modules=("self_attn", "conv")),
     replace(FEED_FORWARD, norm="ffn_norm", modules=("feed_forward",)),
 )
+LLAMA4 = (ATTENTION, replace(FEED_FORWARD, modules=("feed_forward",)))
 # two pairs of sublayers; the experts run beside the first feed-forward block and are added after the second
 LONGCAT = (
     Sublayer("first_attention_connection", "input_layernorm.0", ("self_attn.0",)),
@@ -96,6 +97,9 @@ MINIMAX = (
 )
 PHI3 = (replace(ATTENTION, after=("resid_attn_dropout",)), replace(FEED_FORWARD, after=("resid_mlp_dropout",)))
 GRANITE_SCALES = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+GEMMA_SCALES = ("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping")
+MINIMAX_SCALES = tuple(f"{part}_{f}_factor" for part in ("full_attn", "linear_attn", "mlp") for f in ("alpha", "beta"))
+ROUTED = ("routed_scaling_factor",)  # of the experts' outputs
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,8 @@ class Backbone:
         model_type: the family's `model_type`.
         moe: whether its feed-forward blocks are mixtures of experts.
         sublayers: of its decoder layer, in order.
-        scales: fields of its config that scale or cap embedding, residual, attention scores or logits; all of them are
-            applied by the family's own code. (Gemma's factor sqrt(hidden_size) of the embedding is no field.)
+        scales: fields of its config that scale or cap something on a token's way: embedding, residual, attention,
+            experts or logits. The family's own code applies them; the tests set each off its default.
         norms: class names that the last norm may have, with the family's prefix or without, if they are torch's.
         embedding_key: name of the embedding's table in its checkpoints.
         last_norm: name of the base model's last norm.
@@ -189,62 +193,64 @@ class Backbone:
 
 _ROWS = (
     # mixtures of experts
-    Backbone("afmoe", moe=True, sublayers=AFMOE),
+    Backbone("afmoe", moe=True, sublayers=AFMOE, scales=("route_scale",)),
     Backbone("aria_text", moe=True),
-    Backbone("axk1", moe=True),
-    Backbone("bailing_hybrid", moe=True, embedding_key="model.word_embeddings.weight"),
-    Backbone("cohere2_moe", moe=True, sublayers=PARALLEL, norms=("RMSNorm", "LayerNorm")),
-    Backbone("deepseek_v2", moe=True),
-    Backbone("deepseek_v3", moe=True),
-    Backbone("dots1", moe=True),
+    Backbone("axk1", moe=True, scales=ROUTED),
+    Backbone("bailing_hybrid", moe=True, embedding_key="model.word_embeddings.weight", scales=ROUTED),
+    Backbone("cohere2_moe", moe=True, sublayers=PARALLEL, norms=("RMSNorm", "LayerNorm"), scales=("logit_scale",)),
+    Backbone("deepseek_v2", moe=True, scales=ROUTED),
+    Backbone("deepseek_v3", moe=True, scales=ROUTED),
+    Backbone("dots1", moe=True, scales=ROUTED),
     Backbone("ernie4_5_moe", moe=True),
-    Backbone("exaone_moe", moe=True),
+    Backbone("exaone_moe", moe=True, scales=ROUTED),
     Backbone("flex_olmo", moe=True, sublayers=POST_NORM),
-    Backbone("glm4_moe", moe=True),
-    Backbone("glm4_moe_lite", moe=True),
-    Backbone("gpt_oss", moe=True),
-    Backbone("granitemoe", moe=True, sublayers=granite()),
-    Backbone("granitemoehybrid", moe=True, sublayers=granite(("self_attn", "mamba"), SHARED_EXPERT)),
-    Backbone("granitemoeshared", moe=True, sublayers=granite(feed_forward=SHARED_EXPERT)),
+    Backbone("glm4_moe", moe=True, scales=ROUTED),
+    Backbone("glm4_moe_lite", moe=True, scales=ROUTED),
+    Backbone("gpt_oss", moe=True, scales=("swiglu_alpha", "swiglu_limit")),
+    Backbone("granitemoe", moe=True, sublayers=granite(), scales=GRANITE_SCALES),
+    Backbone(
+        "granitemoehybrid", moe=True, sublayers=granite(("self_attn", "mamba"), SHARED_EXPERT), scales=GRANITE_SCALES
+    ),
+    Backbone("granitemoeshared", moe=True, sublayers=granite(feed_forward=SHARED_EXPERT), scales=GRANITE_SCALES),
     Backbone("hunyuan_v1_moe", moe=True),
-    Backbone("hy_v3", moe=True),
+    Backbone("hy_v3", moe=True, scales=("router_scaling_factor",)),
     Backbone("jetmoe", moe=True, sublayers=JETMOE, router_loss_factor="aux_loss_coef"),
-    Backbone("laguna", moe=True),
-    Backbone("lfm2_moe", moe=True, sublayers=LFM2, last_norm="embedding_norm"),
-    Backbone("llama4_text", moe=True, sublayers=(ATTENTION, replace(FEED_FORWARD, modules=("feed_forward",)))),
-    Backbone("longcat_flash", moe=True, sublayers=LONGCAT, depth="num_layers"),
+    Backbone("laguna", moe=True, scales=("moe_routed_scaling_factor", "moe_router_logit_softcapping")),
+    Backbone("lfm2_moe", moe=True, sublayers=LFM2, last_norm="embedding_norm", scales=ROUTED),
+    Backbone("llama4_text", moe=True, sublayers=LLAMA4, scales=("floor_scale", "attn_scale")),
+    Backbone("longcat_flash", moe=True, sublayers=LONGCAT, depth="num_layers", scales=ROUTED),
     Backbone("mellum", moe=True),
-    Backbone("mimo_v2_flash", moe=True),
-    Backbone("minimax", moe=True, sublayers=MINIMAX),
+    Backbone("mimo_v2_flash", moe=True, scales=("routed_scaling_factor", "attention_value_scale")),
+    Backbone("minimax", moe=True, sublayers=MINIMAX, scales=MINIMAX_SCALES),
     Backbone("minimax_m2", moe=True),
     Backbone("mixtral", moe=True),
-    Backbone("olmoe", moe=True),
+    Backbone("olmoe", moe=True, scales=("clip_qkv",)),
     Backbone("phimoe", moe=True, norms=("LayerNorm",)),
     Backbone("qwen2_moe", moe=True),
     Backbone("qwen3_5_moe_text", moe=True, sublayers=LINEAR_OR_FULL),
     Backbone("qwen3_moe", moe=True),
     Backbone("qwen3_next", moe=True, sublayers=LINEAR_OR_FULL),
-    Backbone("solar_open", moe=True),
+    Backbone("solar_open", moe=True, scales=ROUTED),
     # dense
     Backbone("apertus", moe=False, sublayers=APERTUS),
     Backbone("arcee", moe=False),
-    Backbone("cohere", moe=False, sublayers=PARALLEL, norms=("LayerNorm",)),
-    Backbone("cohere2", moe=False, sublayers=PARALLEL, norms=("LayerNorm",)),
+    Backbone("cohere", moe=False, sublayers=PARALLEL, norms=("LayerNorm",), scales=("logit_scale",)),
+    Backbone("cohere2", moe=False, sublayers=PARALLEL, norms=("LayerNorm",), scales=("logit_scale",)),
     Backbone("ernie4_5", moe=False),
     Backbone("exaone4", moe=False, sublayers=POST_NORM),
     Backbone("gemma", moe=False),
-    Backbone("gemma2", moe=False, sublayers=GEMMA_NORMS),
-    Backbone("gemma3_text", moe=False, sublayers=GEMMA_NORMS),
+    Backbone("gemma2", moe=False, sublayers=GEMMA_NORMS, scales=GEMMA_SCALES),
+    Backbone("gemma3_text", moe=False, sublayers=GEMMA_NORMS, scales=GEMMA_SCALES),
     Backbone("glm", moe=False),
     Backbone("glm4", moe=False, sublayers=GLM4),
-    Backbone("granite", moe=False, sublayers=granite(feed_forward=("mlp",))),
+    Backbone("granite", moe=False, sublayers=granite(feed_forward=("mlp",)), scales=GRANITE_SCALES),
     Backbone("helium", moe=False),
     Backbone("hunyuan_v1_dense", moe=False),
     Backbone("llama", moe=False),
     Backbone("ministral3", moe=False),
     Backbone("mistral", moe=False),
     Backbone("nemotron", moe=False, norms=("LayerNorm1P",)),
-    Backbone("olmo", moe=False, norms=("LayerNorm",)),
+    Backbone("olmo", moe=False, norms=("LayerNorm",), scales=("clip_qkv",)),
     Backbone("olmo2", moe=False, sublayers=POST_NORM),
     Backbone("olmo3", moe=False, sublayers=POST_NORM),
     Backbone("phi3", moe=False, sublayers=PHI3),
@@ -264,6 +270,7 @@ _ROWS = (
 _table: dict[str, Backbone] = {}
 BACKBONES = MappingProxyType(_table)  # by model_type
 
+NOT_DONE: dict[str, str] = {}  # families that cannot be done, and why
 OWN_HYPER_CONNECTIONS = ("deepseek_v4", "glm5_next", "hy_v4", "qwen4_exp")
 
 
@@ -282,8 +289,18 @@ def register_backbone(backbone: Backbone) -> None:
     Args:
         backbone: the row; that of a family outside of transformers names its `module` and `class_prefix`.
     Raises:
-        ValueError: another row has that model_type already.
+        ValueError: another row has that model_type already, or transformers has none and the row names no classes.
     """
+    if backbone.module is None and backbone.model_type not in CONFIG_MAPPING_NAMES:
+        raise ValueError(
+            f"transformers has no model_type {backbone.model_type!r}; give the row the module and class_prefix of the "
+            "family's classes."
+        )
+    if (backbone.module is None) != (backbone.class_prefix is None):
+        raise ValueError(
+            f"module={backbone.module!r} and class_prefix={backbone.class_prefix!r} of {backbone.model_type!r} go "
+            "together: give both, or neither for a family of transformers."
+        )
     if _table.setdefault(backbone.model_type, backbone) != backbone:
         raise ValueError(
             f"model_type {backbone.model_type!r} has another row already; give the new family a model_type of its own."
@@ -302,10 +319,12 @@ def get_backbone(model_type: str) -> Backbone:
         raise ValueError(f"{model_type!r} is a VWN model already; give the checkpoint of its backbone.")
     if model_type in OWN_HYPER_CONNECTIONS:
         raise ValueError(f"model_type {model_type!r} has its own hyper-connections; VWN would widen them once more.")
+    if model_type in NOT_DONE:
+        raise ValueError(f"model_type {model_type!r} cannot be widened: {NOT_DONE[model_type]}")
     if model_type not in BACKBONES:
         raise ValueError(
             f"model_type {model_type!r} is not supported. Supported families: {', '.join(BACKBONES)}. "
-            "Add another with vwn_hf.register_backbone."
+            "Another can be added with vwn_hf.register_backbone."
         )
     return BACKBONES[model_type]
 

@@ -517,8 +517,9 @@ def build_family(backbone: Backbone) -> SimpleNamespace:
             *backbone.connections,
         },
     }
+    ignored = [*(family("Model")._keys_to_ignore_on_load_unexpected or ()), r"^mtp\."]
     model = _subclass(
-        f"{prefix}Model", VwnModelMixin, family("Model"), **shared, _keys_to_ignore_on_load_unexpected=[r"^mtp\."]
+        f"{prefix}Model", VwnModelMixin, family("Model"), **shared, _keys_to_ignore_on_load_unexpected=ignored
     )
     causal_lm = _subclass(
         f"{prefix}ForCausalLM",

@@ -348,12 +348,12 @@ def number_of_layers(config: PreTrainedConfig) -> int:
 
 
 def source_mtp_tensors(weight_map: dict[str, str], config: PreTrainedConfig) -> list[str]:
-    """Names of the tensors of multi-token prediction that a checkpoint ships: layers after the last, and `mtp.*`."""
+    """Names of the tensors of multi-token prediction that a checkpoint ships: layers after the last, and `mtp*`."""
     layer = re.compile(r"^model\.layers\.(\d+)\.")
     return sorted(
         key
         for key in weight_map
-        if key.startswith(("mtp.", "model.mtp."))
+        if key.startswith(("mtp.", "model.mtp.", "model.mtp_"))
         or ((match := layer.match(key)) and int(match[1]) >= number_of_layers(config))
     )
 
