@@ -74,7 +74,7 @@ def test_upcycle_refuses_bad_settings_in_one_line(source, tmp_path):
 
 def test_help_names_every_command():
     output = run("--help").output
-    for command in ("upcycle", "train", "evaluate", "cost", "corpus", "demo"):
+    for command in ("upcycle", "train", "evaluate", "cost", "families", "corpus", "demo"):
         assert command in output
 
 

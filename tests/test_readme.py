@@ -3,10 +3,14 @@
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+from test_families import NO_DRAFTING
+from typer.testing import CliRunner
+
 import vwn_hf
-from vwn_hf.backbones import BACKBONES
+from vwn_hf.backbones import BACKBONES, OWN_HYPER_CONNECTIONS
 from vwn_hf.cli import app
 from vwn_hf.configuration_vwn import VwnConfigMixin
 
@@ -24,12 +28,38 @@ def test_python_snippets_run(tmp_path):
     assert "bit for bit" in output and "MtpAcceptance" in output
 
 
+def test_the_table_of_families_is_the_one_that_the_command_prints():
+    result = CliRunner().invoke(app, ["families", "--markdown"])
+    assert result.exit_code == 0 and result.stdout.count("\n") == len(BACKBONES) + 2
+    assert f"\n\n{result.stdout}\n</details>" in TEXT
+    moe = sum(backbone.moe for backbone in BACKBONES.values())
+    assert f"{len(BACKBONES)} families can be widened, {moe} of them mixtures of experts" in TEXT
+    for name in (*OWN_HYPER_CONNECTIONS, *NO_DRAFTING):
+        assert name in TEXT
+
+
+def test_the_table_on_a_terminal_names_every_family():
+    words = CliRunner().invoke(app, ["families"], env={"COLUMNS": "250"}).stdout.split()
+    assert set(BACKBONES) <= set(words) and str(len(BACKBONES)) in words
+
+
 def test_tables_name_every_family_and_every_field():
     for backbone in BACKBONES.values():
         assert f"`Vwn{backbone.prefix}Config`" in TEXT and hasattr(vwn_hf, f"Vwn{backbone.prefix}Config")
     assert re.findall(r"^\| `(vwn_\w+|num_mtp_layers|mtp_\w+)`", TEXT, re.MULTILINE) == list(
         VwnConfigMixin.__dataclass_fields__
     )
+
+
+def test_the_row_in_contributing_is_one_of_the_table():
+    text = (README.parent / "CONTRIBUTING.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 2
+    names = {}
+    for snippet in snippets:
+        exec(textwrap.dedent(snippet), names)
+    assert names["GLM4"] == BACKBONES["glm4"].sublayers and names["glm4"] == BACKBONES["glm4"]
+    assert names["mine"].vwn_model_type == "vwn_my_model"
 
 
 def test_the_tree_and_the_commands_are_those_of_the_package():

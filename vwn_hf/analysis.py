@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .backbones import Backbone, get_backbone
+from .backbones import BACKBONES, Backbone, get_backbone
 from .configuration_vwn import VwnConfigMixin
 from .hyper_connections import GeneralizedHyperConnection, SlotNorm
 from .over_width import GroupNorm
@@ -460,3 +460,55 @@ def right(heading: str) -> Column:
 
 def thousands(figure: float | None) -> str:
     return "–" if figure is None else f"{figure:,.0f}"
+
+
+# --- families ---
+
+FAMILY_COLUMNS = ("family", "config", "kind", "sublayers", "scales", "tied", "parallel plans", "MTP tensors")
+PLANS = ("tp", "ep", "pp")
+
+
+def family_rows() -> list[tuple[str, ...]]:
+    """What the package knows about each family, as text in the order of `FAMILY_COLUMNS`.
+
+    "tied": whether its config ties embeddings by default. "parallel plans": those of tensor, expert and pipeline
+    parallelism that its VWN classes inherit. "MTP tensors": whether transformers expects tensors of multi-token
+    prediction, which it leaves out, in the family's checkpoints; `upcycle` refuses them or, as asked, drops them.
+    """
+    return [family_row(row) for _, row in sorted(BACKBONES.items(), key=lambda item: (not item[1].moe, item[0]))]
+
+
+def family_row(row: Backbone) -> tuple[str, ...]:
+    config = row.config_class
+    plans = [plan.upper() for plan in PLANS if getattr(config, f"base_model_{plan}_plan", None)]
+    left_out = row.modeling_class("ForCausalLM")._keys_to_ignore_on_load_unexpected or ()
+    ships_mtp = any("mtp" in pattern or pattern.startswith(r"model\.layers\.") for pattern in left_out)
+    return (
+        row.model_type,
+        f"Vwn{row.prefix}Config",
+        "MoE" if row.moe else "dense",
+        "; ".join(sublayer.formula for sublayer in row.sublayers),
+        ", ".join(row.scales),
+        "yes" if config.tie_word_embeddings else "",
+        " ".join(plans),
+        "yes" if ships_mtp else "",
+    )
+
+
+def families_table() -> Table:
+    """For a terminal: without the config's name, which follows from the classes'."""
+    family, _, *columns = FAMILY_COLUMNS
+    table = Table(Column(family, overflow="fold"), *columns, title=f"{len(BACKBONES)} families")
+    for name, _, *cells in family_rows():
+        table.add_row(name, *cells)
+    table.caption = "x: the state that is read; N: norms; A: attention; F: feed-forward block or experts"
+    return table
+
+
+def families_markdown() -> str:
+    """The same for the README; names in code font."""
+    lines = ["| " + " | ".join(FAMILY_COLUMNS) + " |", "| " + " | ".join("---" for _ in FAMILY_COLUMNS) + " |"]
+    for family, config, kind, sublayers, scales, *rest in family_rows():
+        scales = ", ".join(f"`{name}`" for name in scales.split(", ") if name)
+        lines.append(f"| `{family}` | `{config}` | {kind} | {sublayers} | {scales} | " + " | ".join(rest) + " |")
+    return "\n".join(lines) + "\n"

@@ -40,6 +40,22 @@ class Sublayer:
     shortcut: str | None = None
     normed_residual: str | None = None
 
+    @property
+    def formula(self) -> str:
+        """What it makes of the state x, with N for norms, A for attention, F for feed-forward blocks and experts."""
+        normed = "x" if self.norm is None else "N x"
+        letter, joint = ("A", " or ") if self.attends else ("F", " + ")
+        module = joint.join([letter, *self.modules[1:]])
+        output = f"({module})({normed})" if joint in module else f"{module}({normed})"
+        if any("norm" in name for name in self.after):
+            output = f"N {output}"
+        if self.multiplier:
+            output = f"{self.multiplier}·{output}"
+        residual = f"{self.normed_residual}·{normed}" if self.normed_residual else "x"
+        parallel = f" + F({normed})" * len(self.parallel)
+        later = f" (and F({normed}) at the end)" if self.shortcut else ""
+        return f"{residual} + {output}{parallel}{later}"
+
 
 ATTENTION = Sublayer("attention_connection", "input_layernorm", ("self_attn",))
 FEED_FORWARD = Sublayer("feed_forward_connection", "post_attention_layernorm", ("mlp",), attends=False)

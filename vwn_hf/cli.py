@@ -155,6 +155,21 @@ def cost(
 
 
 @app.command()
+def families(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As in the README.")] = False,
+) -> None:
+    """Show the families of models that can be widened, and how each one's decoder layer is put together."""
+    from rich.console import Console
+
+    from .analysis import families_markdown, families_table
+
+    if markdown:
+        typer.echo(families_markdown(), nl=False)
+    else:
+        Console().print(families_table())
+
+
+@app.command()
 def corpus(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer.")] = 2048,
