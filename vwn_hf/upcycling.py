@@ -79,7 +79,7 @@ class UpcyclingReport:
             f"{self.source_parameters:,} parameters + {self.added_parameters:,} ({added:.1%})",
         ]
         if self.mtp_layers:
-            lines.append(f"{self.mtp_layers} modules of multi-token prediction, from the last layer")
+            lines.append(f"multi-token prediction: {self.mtp_layers} added, from the last layer")
         if self.dropped:
             lines.append(f"Left out, as asked: the source's MTP tensors ({len(self.dropped)}, {self.dropped[0]}, …)")
         if self.max_difference is None:
