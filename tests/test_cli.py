@@ -72,6 +72,12 @@ def test_upcycle_refuses_bad_settings_in_one_line(source, tmp_path):
     assert not (tmp_path / "vwn").exists()
 
 
+def test_a_missing_folder_is_named(tmp_path):
+    for command in (["cost", tmp_path / "gone"], ["upcycle", tmp_path / "gone", tmp_path / "vwn"]):
+        result = run(*command)
+        assert result.exit_code == 1 and f"{tmp_path / 'gone'} is neither a folder nor a Hub id" in result.output
+
+
 def test_help_names_every_command():
     output = run("--help").output
     for command in ("upcycle", "train", "evaluate", "cost", "families", "corpus", "demo"):

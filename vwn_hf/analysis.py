@@ -25,7 +25,7 @@ from .backbones import BACKBONES, Backbone, get_backbone
 from .configuration_vwn import VwnConfigMixin
 from .hyper_connections import GeneralizedHyperConnection, SlotNorm
 from .over_width import GroupNorm
-from .upcycling import UpcyclingRecipe, widen_config
+from .upcycling import UpcyclingRecipe, refuse_missing_path, widen_config
 
 DENSE_LAYER_BYTES = 34  # kept by a standard layer at 16 bits, in bytes per token and unit of D: arXiv:2205.05198
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -424,6 +424,7 @@ def read_config(
     Raises:
         ValueError: sizes are missing for a backbone, or given for a VWN checkpoint. OSError: there is no such config.
     """
+    refuse_missing_path(source)
     config = AutoConfig.from_pretrained(str(source), revision=revision)
     if isinstance(config, VwnConfigMixin) and segments is slots is None:
         return config

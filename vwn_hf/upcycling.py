@@ -78,7 +78,7 @@ class UpcyclingReport:
             f"{self.source_parameters:,} parameters + {self.added_parameters:,} ({added:.1%})",
         ]
         if self.mtp_layers:
-            lines.append(f"{self.mtp_layers} modules of multi-token prediction, from the last layer")
+            lines.append(f"multi-token prediction: {self.mtp_layers} added, from the last layer")
         if self.dropped:
             lines.append(f"Left out, as asked: the source's MTP tensors ({len(self.dropped)}, {self.dropped[0]}, …)")
         if self.max_difference is None:
@@ -227,10 +227,17 @@ def resolve_source(source: str | Path, revision: str | None) -> Path:
     """The folder that holds the checkpoint; a Hub id is downloaded: its weights, config and tokenizer, no code."""
     if Path(source).is_dir():
         return Path(source)
-    if Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
-        raise FileNotFoundError(f"{source} is neither a folder nor a Hub id (owner/name).")
+    refuse_missing_path(source)
     patterns = ["config.json", "*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *COMPANION_FILES]
     return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+
+
+def refuse_missing_path(source: str | Path) -> None:
+    """Raise FileNotFoundError for what is not there and cannot be a Hub id either."""
+    if Path(source).exists():
+        return
+    if Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+        raise FileNotFoundError(f"{source} is neither a folder nor a Hub id (owner/name).")
 
 
 def read_source_config(folder: Path) -> PreTrainedConfig:
