@@ -5,6 +5,7 @@ The upcycled model of each family is made once, with a module of multi-token pre
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from vwn_hf import Backbone, Sublayer, UpcyclingError, register_backbone, upcycle
 from vwn_hf.analysis import cost
 from vwn_hf.backbones import BACKBONES, NOT_DONE, OWN_HYPER_CONNECTIONS, get_backbone
+from vwn_hf.modeling_vwn import check_parts, over_width_embedding
 from vwn_hf.multi_token_prediction import MtpCandidateGenerator, StackRecord, shift_left
 
 LISTED = """
@@ -37,7 +39,7 @@ NO_DRAFTING = ("bailing_hybrid", "granitemoehybrid", "minimax", "qwen3_5_moe_tex
 
 
 def tiny(family, **overrides):
-    fields = {**SHARED, "hidden_size": 32, **TINY[family], **overrides}
+    fields = {**SHARED, "hidden_size": 32, **TINY.get(family, {}), **overrides}
     return AutoConfig.for_model(family, **fields)
 
 
@@ -230,6 +232,15 @@ def test_a_module_drafts_what_greedy_generation_writes(made, moved, monkeypatch)
     assert len(differences) > 3 and max(differences) < 1e-4
 
 
+def test_the_experts_of_a_module_are_balanced_where_the_stacks_are(made, moved, tokens):
+    moved.config.mtp_loss_weight = 0.0  # so that nothing but the router loss reaches the module
+    outputs = moved.train()(tokens, labels=tokens, **({"output_router_logits": True} if made.row.moe else {}))
+    outputs.loss.backward()
+    reached = {name for name, p in moved.mtp.named_parameters() if p.grad is not None and p.grad.any()}
+    assert bool(reached) == (outputs.get("aux_loss") is not None)
+    assert not reached or any("gate" in name or "router" in name for name in reached)
+
+
 @torch.no_grad()
 def test_the_modules_head_is_the_familys(made, moved, tokens):
     hidden_states = moved.model(tokens).last_hidden_state
@@ -300,7 +311,7 @@ def test_variants_of_a_familys_layers_and_embeddings(family, overrides, embeddin
         assert torch.equal(model(inputs_embeds=embedded).logits, source(inputs_embeds=embedded).logits)
 
 
-@pytest.mark.parametrize("family", ["cohere", "gemma2", "granite", "minimax", "olmo2", "longcat_flash"])
+@pytest.mark.parametrize("family", BACKBONES)
 def test_bfloat16_checkpoints_are_exact_too(family, tmp_path):
     random_source(tiny(family)).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     assert upcycle(tmp_path / "source", tmp_path / "vwn", group_norm=False).logits_equal
@@ -348,10 +359,12 @@ class OwnPreTrainedModel(LlamaPreTrainedModel):
 
 
 class OwnModel(OwnPreTrainedModel, LlamaModel):
+    norm_class = nn.LayerNorm
+
     def __init__(self, config):
         super().__init__(config)
         self.layers = nn.ModuleList(OwnDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = self.norm_class(config.hidden_size)
         self.post_init()
 
 
@@ -411,6 +424,47 @@ def test_rows_that_cannot_be_used_are_refused(row, message):
     with pytest.raises(ValueError, match=message):
         register_backbone(row)
     assert "nowhere" not in BACKBONES
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "mixer_norm_"}, "has no mixer_norm_, which its family's row names for attention_connection"),
+        ({"modules": ("mixer_", "other_")}, r"has no mixer_ or other_, .* It has: mixer, mixer_norm"),
+        ({"multiplier": "damping_"}, "has no damping_"),
+        ({"after": ("norm_",)}, "has no norm_"),
+    ],
+)
+def test_a_part_that_the_layer_lacks_is_named(change, message):
+    attention, _ = OWN.sublayers
+    layer = OwnDecoderLayer(OwnConfig(hidden_size=32, intermediate_size=8, num_attention_heads=2), 0)
+    check_parts(layer, attention)
+    with pytest.raises(ValueError, match=message):
+        check_parts(layer, replace(attention, **change))
+
+
+def test_a_norm_or_an_embedding_that_is_not_known_is_named(own_family, monkeypatch):
+    config = AutoConfig.for_model("vwn_own", **{**SHARED, "intermediate_size": 48})
+    monkeypatch.setattr(OwnModel, "norm_class", nn.RMSNorm)
+    with pytest.raises(ValueError, match="'own' has a last norm of class RMSNorm; its row's norms are LayerNorm"):
+        AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="The embedding is a OwnEmbedding"):
+        over_width_embedding(type("OwnEmbedding", (nn.Embedding,), {})(9, 48), config)
+
+
+def test_a_module_of_a_dense_layer_has_no_router_loss(tokens):
+    overrides = {"mlp_only_layers": [1], "output_router_logits": True, "num_mtp_layers": 1}
+    config = AutoConfig.for_model("vwn_qwen3_moe", **{**SHARED, **TINY["qwen3_moe"], **overrides})
+    outputs = AutoModelForCausalLM.from_config(config).train()(tokens, labels=tokens)
+    assert outputs.aux_loss > 0 and outputs.loss.isfinite()
+
+
+def test_modules_need_a_layer_with_keys_and_values():
+    config = tiny("vwn_qwen3_next", **TINY["qwen3_next"] | {"layer_types": ["linear_attention"] * 3})
+    assert AutoModelForCausalLM.from_config(config)
+    config.num_mtp_layers = 1
+    with pytest.raises(ValueError, match=r"num_mtp_layers=1: .* layer_types has none"):
+        AutoModelForCausalLM.from_config(config)
 
 
 def test_a_class_that_the_module_lacks_is_named():

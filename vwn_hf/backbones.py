@@ -41,6 +41,17 @@ class Sublayer:
     normed_residual: str | None = None
 
     @property
+    def calls(self) -> tuple[str, ...]:
+        """Names of the modules that run on x."""
+        return (*self.modules, *self.parallel, *filter(None, [self.shortcut]))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of what every layer must have; of `modules` it needs one."""
+        optional = (self.norm, self.multiplier, self.shortcut, self.normed_residual)
+        return (*self.after, *self.parallel, *(name for name in optional if name is not None))
+
+    @property
     def formula(self) -> str:
         """What it makes of the state x, with N for norms, A for attention, F for feed-forward blocks and experts."""
         normed = "x" if self.norm is None else "N x"
@@ -174,9 +185,8 @@ class Backbone:
     @property
     def feed_forward_modules(self) -> frozenset[str]:
         """The decoder layer's attributes that are feed-forward blocks or experts."""
-        names = [name for sub in self.sublayers if not sub.attends for name in sub.modules]
-        names += [name for sub in self.sublayers for name in (*sub.parallel, sub.shortcut) if name]
-        return frozenset(name.split(".")[0] for name in names)
+        names = [name for sub in self.sublayers for name in sub.calls]
+        return frozenset(name.split(".")[0] for name in names) - self.attention_modules
 
     @property
     def config_class(self) -> type:

@@ -85,8 +85,9 @@ class VwnDecoderLayerMixin:
                 residual=sublayer.normed_residual is None,
             )
             self.add_module(sublayer.connection, connection)
-            for name in (*sublayer.modules, *sublayer.parallel, *filter(None, [sublayer.shortcut])):
-                module = find_module(self, name)
+            check_parts(self, sublayer)
+            for name in sublayer.calls:
+                module = find_part(self, name)
                 if module is not None:
                     self.arguments_of[name] = argument_names(module)
 
@@ -134,11 +135,22 @@ class VwnDecoderLayerMixin:
         return (output[0] if isinstance(output, tuple) else output).reshape(hidden_states.shape)
 
 
-def find_module(parent: nn.Module, name: str) -> nn.Module | None:
-    """The submodule of that dotted name, if there is one."""
-    for part in name.split("."):
-        parent = getattr(parent, part, None)
-    return parent
+def find_part(layer: nn.Module, name: str):
+    """The part of a layer by its dotted name; None if it has none."""
+    for word in name.split("."):
+        layer = getattr(layer, word, None)
+    return layer
+
+
+def check_parts(layer: nn.Module, sublayer: Sublayer) -> None:
+    """Raise ValueError unless the layer has the parts that its family's row names."""
+    some = tuple(name for name in sublayer.modules if find_part(layer, name) is not None)
+    missing = [name for name in sublayer.parts if find_part(layer, name) is None]
+    if missing or not some:
+        raise ValueError(
+            f"{type(layer).__name__} has no {' or '.join(missing or sublayer.modules)}, which its family's row names "
+            f"for {sublayer.connection}. It has: {', '.join(name for name, _ in layer.named_children())}."
+        )
 
 
 def argument_names(module: nn.Module) -> tuple[str, tuple[str, ...] | None]:
@@ -224,7 +236,13 @@ class VwnModelMixin(VwnPreTrainedMixin):
         for layer in self.layers:
             layer.__class__ = classes.DecoderLayer
             layer.add_connections(config)
-        self.last_norm.__class__ = classes.norms[type(self.last_norm)]
+        kind = type(self.last_norm)
+        if kind not in classes.norms:
+            known = ", ".join(norm.__name__ for norm in classes.norms)
+            raise ValueError(
+                f"{self.backbone.model_type!r} has a last norm of class {kind.__name__}; its row's norms are {known}."
+            )
+        self.last_norm.__class__ = classes.norms[kind]
         self.last_norm.add_reduce(config)
 
     @property
@@ -270,14 +288,19 @@ class VwnModelMixin(VwnPreTrainedMixin):
 
 def over_width_embedding(embedding: nn.Embedding, config) -> nn.Embedding:
     """The embedding that takes the place of the family's, with its padding token and scale."""
-    scale = getattr(embedding, "scalar_embed_scale", 1.0)
+    plain, scale = type(embedding) is nn.Embedding, getattr(embedding, "scalar_embed_scale", 1.0)
+    if not plain and not hasattr(embedding, "scalar_embed_scale"):
+        raise ValueError(
+            f"The embedding is a {type(embedding).__name__}. VWN widens torch's, and those of transformers that have a "
+            "scalar_embed_scale."
+        )
     vocabulary, padding = config.vocab_size, embedding.padding_idx
     if config.vwn_embedding == "projected":
         return ProjectedEmbedding(vocabulary, config.table_width, config.virtual_width, padding, scale)
     if config.vwn_embedding == "scaled_copies":
         sizes = (config.hidden_size, config.vwn_segments, config.vwn_slots)
         return ScaledCopiesEmbedding(vocabulary, *sizes, padding, scale)
-    scales = {} if type(embedding) is nn.Embedding else {"embed_scale": scale}
+    scales = {} if plain else {"embed_scale": scale}
     return type(embedding)(vocabulary, config.virtual_width, padding, **scales)
 
 
@@ -457,7 +480,7 @@ def forward_with_mtp(family_forward: Callable) -> Callable:
             )
         if self.training:
             outputs["loss"] = outputs["loss"] + self.config.mtp_loss_weight * losses.mean()
-            if outputs.get("aux_loss") is not None:
+            if outputs.get("aux_loss") is not None and router_logits:
                 balance = self.router_loss(router_logits, kwargs.get("attention_mask"))
                 outputs["loss"] = outputs["loss"] + getattr(self, self.backbone.router_loss_factor) * balance
         return OUTPUTS_WITH_MTP[type(outputs)](**outputs, mtp_losses=losses)
