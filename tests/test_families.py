@@ -14,6 +14,7 @@ from conftest import SHARED, move_connections, randomize
 from safetensors import safe_open
 from tiny_families import TINY, WINDOW
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaPreTrainedModel, LlamaRMSNorm
@@ -21,8 +22,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from vwn_hf import Backbone, Sublayer, UpcyclingError, register_backbone, upcycle
 from vwn_hf.analysis import cost
 from vwn_hf.backbones import BACKBONES, NOT_DONE, OWN_HYPER_CONNECTIONS, get_backbone
-from vwn_hf.modeling_vwn import check_parts, over_width_embedding
+from vwn_hf.modeling_vwn import check_parts, find_part, norm_epsilon, over_width_embedding
 from vwn_hf.multi_token_prediction import MtpCandidateGenerator, StackRecord, shift_left
+from vwn_hf.upcycling import compare_logits
 
 LISTED = """
 mixtral qwen2_moe qwen3_moe olmoe flex_olmo deepseek_v2 deepseek_v3 glm4_moe glm4_moe_lite gpt_oss phimoe dots1
@@ -134,6 +136,21 @@ def test_every_scale_is_off_its_default(made):
     assert len(set(types)) > 1 or len(set(default.to_dict().get("layer_types") or [])) < 2
 
 
+def test_the_check_compares_aligned_weights(made, monkeypatch):
+    """Weights that lie unaligned in a file are summed in another order, which is no difference of the function."""
+    seen = []
+
+    def spy(norm):
+        seen.append(any(parameter.data_ptr() % 64 for parameter in norm.parameters()))
+        return norm_epsilon(norm)
+
+    monkeypatch.setattr("vwn_hf.upcycling.norm_epsilon", spy)
+    raw = AutoModelForCausalLM.from_pretrained(made.folder / "vwn")
+    assert any(parameter.data_ptr() % 64 for parameter in raw.parameters())
+    assert compare_logits(made.folder / "source", made.folder / "vwn", made.vwn.config) == (True, 0)
+    assert seen == [False, False]
+
+
 # ---- files
 
 
@@ -242,9 +259,19 @@ def test_the_experts_of_a_module_are_balanced_where_the_stacks_are(made, moved, 
 
 
 @torch.no_grad()
-def test_the_modules_head_is_the_familys(made, moved, tokens):
+def test_the_modules_head_and_loss_are_the_familys(made, moved, tokens):
     hidden_states = moved.model(tokens).last_hidden_state
     assert torch.equal(moved.head_logits(hidden_states), moved(tokens).logits)
+    record = StackRecord()
+    moved(tokens, mtp_record=record)
+    arguments = record.arguments_without_cache(moved.mtp_source_layer)
+    _, output = moved.mtp[0](record.state, shift_left(record.embedding, 1), **arguments)
+    expected = cross_entropy(moved.head_logits(output)[:, :-2].flatten(0, 1), tokens[:, 2:].flatten())
+    torch.testing.assert_close(moved(tokens, labels=tokens).mtp_losses, expected[None])
+    attention = [type(find_part(moved.mtp[0].layer, name)) for name in made.row.sublayers[0].modules]
+    assert attention == [
+        type(find_part(moved.model.layers[moved.mtp_source_layer], name)) for name in made.row.sublayers[0].modules
+    ]
 
 
 def test_a_step_lowers_the_loss_of_the_module(moved, tokens):

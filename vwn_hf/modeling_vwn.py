@@ -7,6 +7,7 @@ One token's way (B batch, S sequence, D hidden size, D' = n·d over-width, V voc
        │  model.layers[i]                         the family's decoder layer, and around
        │     attention_connection                    its norm + attention at width D          [B, S, D'] -> [B, S, D']
        │     feed_forward_connection                 its norm + MLP or experts at width D     [B, S, D'] -> [B, S, D']
+       │     (the family's row names the connections, and what runs between read and write)
        │  model.norm                              group norm, reduce, the family's norm      [B, S, D]
        │  lm_head                                 the family's                               [B, S, V]
        │  mtp[k]                                  from the state before model.norm: multi_token_prediction.py
