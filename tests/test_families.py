@@ -4,7 +4,10 @@ The upcycled model of each family is made once, with a module of multi-token pre
 """
 
 import json
+import pickle
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -171,6 +174,28 @@ def test_saved_it_has_the_hubs_keys_and_loads_again(made, moved, tmp_path, token
         rf"model\.layers\.\d+\.({connections})\.{parts}|model\.{made.row.last_norm}\.reduce\.weight|mtp\.0\..*"
     )
     assert all(added.fullmatch(k) for k in set(saved) - set(source))
+
+
+def test_in_bfloat16_only_the_connections_and_what_the_family_keeps_are_float32(made):
+    source, model = (
+        AutoModelForCausalLM.from_pretrained(made.folder / name, dtype=torch.bfloat16) for name in ("source", "vwn")
+    )
+    expected = {name: parameter.dtype for name, parameter in source.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if "_connection." in name:
+            assert parameter.dtype == torch.float32, name
+        elif not name.startswith("mtp."):
+            assert parameter.dtype == expected.get(name, torch.bfloat16), name
+
+
+@pytest.mark.parametrize("family", ["phimoe", "nemotron", "gemma3_text", "longcat_flash"])
+def test_pickled_models_load_in_a_process_that_has_built_nothing(family, tmp_path):
+    config = AutoConfig.for_model(f"vwn_{family}", **{**SHARED, **TINY[family]})
+    path = tmp_path / "model.pickle"
+    path.write_bytes(pickle.dumps(AutoModelForCausalLM.from_config(config)))
+    script = f"import pickle; print(type(pickle.load(open({str(path)!r}, 'rb'))).__name__)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout.strip() == f"Vwn{BACKBONES[family].prefix}ForCausalLM", result.stderr
 
 
 # ---- training
