@@ -68,7 +68,8 @@ def test_the_table_gives_spread_and_paired_differences(run):
     plain, better = run.Row("annealed", 1e-3), run.Row("annealed", 2e-3)
     start = run.Row("annealed", 1e-3, "noise", added_rate=1e-2)
     lines = run.table({plain: runs(3, 4, 5), better: runs(2, 3, 4), start: runs(2.1, 3.2, 4.3)}).splitlines()[2:]
-    assert lines[0].endswith("| 4.0000 ± 1.0000 | +1.0000 ± 0.0000 | 60 s |")
-    assert lines[1] == "| plain backbone | — | — | 0.002 | — | 1,000 | 3.0000 ± 1.0000 | — | 60 s |"
+    assert lines[0].endswith("| 4.0000 ± 1.0000 | — | +1.0000 ± 0.0000 | 60 s |")
+    assert lines[1] == "| plain backbone | — | 0.002 | — | 1,000 | 3.0000 ± 1.0000 | — | — | 60 s |"
     # differences 0.1, 0.2, 0.3: mean 0.2, sample deviation 0.1, over the root of 3
-    assert lines[2] == "| noise | 2 | yes | 0.001 | 0.01 | 1,000 | 3.2000 ± 1.1000 | +0.2000 ± 0.0577 | 60 s |"
+    difference = "-0.8000 ± 0.0577 | +0.2000 ± 0.0577"
+    assert lines[2] == f"| noise | 2 | 0.001 | 0.01 | 1,000 | 3.2000 ± 1.1000 | {difference} | 60 s |"

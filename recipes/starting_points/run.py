@@ -33,13 +33,11 @@ class Row:
     start: str | None = None
     added_rate: float | None = None
     slots: int = 8
-    group_norm: bool = True
 
     @property
     def name(self) -> str:
-        norm = "norm" if self.group_norm else "no_norm"
         rates = f"rate{self.rate:g}-added{self.added_rate or self.rate:g}"
-        return f"{self.base}-{self.start or 'plain'}-n{self.slots}-{norm}-{rates}"
+        return f"{self.base}-{self.start or 'plain'}-n{self.slots}-{rates}"
 
 
 STARTS = ("noise", "copies", "scaled_copies", "zeros")
@@ -48,7 +46,7 @@ ROWS = [
     *(Row("constant", 1e-3, start) for start in STARTS),
     *(Row("constant", 1e-3, start, added_rate=5e-3) for start in STARTS),
     Row("constant", 1e-3, "noise", added_rate=2e-3),
-    Row("constant", 1e-3, "noise", slots=16),
+    Row("constant", 5e-4, "noise"),
     *(Row("annealed", rate) for rate in (1.25e-4, 2.5e-4, 5e-4)),
     *(Row("annealed", 2.5e-4, start) for start in STARTS),
 ]
@@ -86,9 +84,9 @@ def pretrain(out: Path, base: str, seed: int) -> Path:
 
 
 def upcycled(base: Path, row: Row, seed: int) -> Path:
-    folder = base.parent / f"{row.base}-upcycled-{row.start}-{row.slots}-{row.group_norm}"
+    folder = base.parent / f"{row.base}-upcycled-{row.start}-n{row.slots}"
     if not folder.exists():
-        upcycle(base, folder, slots=row.slots, group_norm=row.group_norm, slot_start=row.start, seed=seed)
+        upcycle(base, folder, slots=row.slots, slot_start=row.start, seed=seed)
     return folder
 
 
@@ -126,22 +124,28 @@ def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
+def paired(losses: list[float], baseline: list[float]) -> str:
+    """Mean difference and its standard error."""
+    differences = [loss - other for loss, other in zip(losses, baseline, strict=True)]
+    return f"{statistics.mean(differences):+.4f} ± {spread(differences) / len(differences) ** 0.5:.4f}"
+
+
 def table(results: dict[Row, list[dict]]) -> str:
-    """Markdown; differences are to the plain backbone at its best rate, seed by seed."""
+    """Markdown; differences are to the plain backbone, seed by seed: at the same rate, and at its best one."""
     losses = {row: [run["loss"] for run in runs] for row, runs in results.items()}
     baseline = min((row for row in losses if row.start is None), key=lambda row: statistics.mean(losses[row]))
-    columns = ["start", "r", "group norm", "rate", "rate of the added", "parameters", "held-out loss"]
-    columns += ["against plain at its best", "CPU time"]
+    columns = ["start", "r", "rate", "rate of the added", "parameters", "held-out loss"]
+    columns += ["against plain at this rate", "against plain at its best", "CPU time"]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    plain_at = {row.rate: row for row in losses if row.start is None}
     for row, values in losses.items():
-        paired = [value - plain for value, plain in zip(values, losses[baseline], strict=True)]
-        error = spread(paired) / len(paired) ** 0.5
-        difference = "—" if row == baseline else f"{statistics.mean(paired):+.4f} ± {error:.4f}"
+        differences = [paired(values, losses[plain]) if plain not in (row, None) else "—"
+                       for plain in (plain_at.get(row.rate), baseline)]  # fmt: skip
         cells = [
             row.start or "plain backbone", f"{row.slots / 4:g}" if row.start else "—",
-            ("yes" if row.group_norm else "no") if row.start else "—", f"{row.rate:g}",
-            f"{row.added_rate or row.rate:g}" if row.start else "—", f"{results[row][0]['parameters']:,}",
-            f"{statistics.mean(values):.4f} ± {spread(values):.4f}", difference,
+            f"{row.rate:g}", f"{row.added_rate or row.rate:g}" if row.start else "—",
+            f"{results[row][0]['parameters']:,}",
+            f"{statistics.mean(values):.4f} ± {spread(values):.4f}", *differences,
             f"{statistics.median(run['seconds'] for run in results[row]):.0f} s",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
