@@ -47,6 +47,7 @@ ROWS = [
     *(Row("constant", 1e-3, start, added_rate=5e-3) for start in STARTS),
     Row("constant", 1e-3, "noise", added_rate=2e-3),
     Row("constant", 5e-4, "noise"),
+    Row("constant", 5e-4, "noise", slots=16),
     *(Row("annealed", rate) for rate in (1.25e-4, 2.5e-4, 5e-4)),
     *(Row("annealed", 2.5e-4, start) for start in STARTS),
 ]
