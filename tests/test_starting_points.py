@@ -38,18 +38,24 @@ def test_it_runs_and_a_result_on_disk_is_not_made_again(run, tmp_path, monkeypat
     shrink(SCRIPT.parent, tmp_path / "recipes")
     out = tmp_path / "out"
     write_standard_library_corpus(out / "corpus", vocab_size=300, megabytes=0.6)
-    rows = [run.Row(), run.Row("noise"), run.Row("scaled_copies", added_rate=0.5)]
+    rows = [
+        run.Row("annealed", 1e-3),
+        run.Row("annealed", 1e-3, "scaled_copies", added_rate=0.5),
+        run.Row("constant", 1e-3),
+        run.Row("constant", 1e-3, "noise"),
+    ]
     monkeypatch.setattr(run, "RECIPES", tmp_path / "recipes")
     monkeypatch.setattr(run, "ROWS", rows)
+    monkeypatch.setattr(run, "CONSTANT_STEPS", 3)
     monkeypatch.setattr(sys, "argv", ["run.py", "--seeds", "0", "1", "--out", str(out)])
     run.main()
     results = {row: [run.continue_training(out, row, seed) for seed in (0, 1)] for row in rows}
     losses = [result["loss"] for runs in results.values() for result in runs]
     assert len(set(losses)) == len(losses)
-    recipe = yaml.safe_load((out / "seed-1" / rows[2].name / "recipe.yaml").read_text())
+    recipe = yaml.safe_load((out / "seed-1" / rows[1].name / "recipe.yaml").read_text())
     assert recipe["added"] == {"learning_rate": 0.5} and recipe["data"]["train"]["split"] == "train[60%:70%]"
     table = (out / "table.md").read_text()
-    assert len(table.splitlines()) == 2 + len(rows)
+    assert table.count("From the ") == 2 and table.count("\n|") == 2 * 2 + len(rows)
     monkeypatch.setattr(run, "train", None)
     run.main()
     assert (out / "table.md").read_text() == table
@@ -59,9 +65,11 @@ def test_the_table_gives_spread_and_paired_differences(run):
     def runs(*losses):
         return [{"loss": loss, "seconds": 60.0, "parameters": 1000} for loss in losses]
 
-    plain, better, start = run.Row(), run.Row(rate=2e-3), run.Row("noise", added_rate=1e-2)
+    plain, better = run.Row("annealed", 1e-3), run.Row("annealed", 2e-3)
+    start = run.Row("annealed", 1e-3, "noise", added_rate=1e-2)
     lines = run.table({plain: runs(3, 4, 5), better: runs(2, 3, 4), start: runs(2.1, 3.2, 4.3)}).splitlines()[2:]
-    assert lines[0].endswith("| 4.0000 ± 1.0000 | +1.0000 ± 0.0000 | 60 s |")
-    assert lines[1] == "| plain backbone | — | — | 0.002 | — | 1,000 | 3.0000 ± 1.0000 | — | 60 s |"
+    assert lines[0].endswith("| 4.0000 ± 1.0000 | — | +1.0000 ± 0.0000 | 60 s |")
+    assert lines[1] == "| plain backbone | — | 0.002 | — | 1,000 | 3.0000 ± 1.0000 | — | — | 60 s |"
     # differences 0.1, 0.2, 0.3: mean 0.2, sample deviation 0.1, over the root of 3
-    assert lines[2] == "| noise | 2 | yes | 0.001 | 0.01 | 1,000 | 3.2000 ± 1.1000 | +0.2000 ± 0.0577 | 60 s |"
+    difference = "-0.8000 ± 0.0577 | +0.2000 ± 0.0577"
+    assert lines[2] == f"| noise | 2 | 0.001 | 0.01 | 1,000 | 3.2000 ± 1.1000 | {difference} | 60 s |"

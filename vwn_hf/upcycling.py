@@ -29,7 +29,7 @@ from .modeling_vwn import build_family, last_attention_layer, norm_epsilon
 from .over_width import OverWidthLinear
 
 SLOT_STARTS = ("noise", "copies", "zeros", "scaled_copies")
-DEFAULT_SLOT_START = "noise"
+DEFAULT_SLOT_START = "noise"  # in recipes/starting_points no start helps more than another
 REPORT_NAME = "upcycling_report.json"
 COMPANION_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",

@@ -21,28 +21,36 @@ from vwn_hf.training import TrainingRecipe, read_recipe, train
 from vwn_hf.upcycling import upcycle
 
 RECIPES = Path(__file__).parent
-RATE = 1e-3
+CONSTANT_RATE, CONSTANT_STEPS = 1e-3, 500  # how the checkpoint that is not annealed was trained at last
 
 
 @dataclass(frozen=True)
 class Row:
     """One way to train on. `start` None is the plain backbone; `added_rate` None is `rate`."""
 
+    base: str  # "constant" or "annealed": what the pretraining did to its rate at last
+    rate: float
     start: str | None = None
-    rate: float = RATE
     added_rate: float | None = None
     slots: int = 8
-    group_norm: bool = True
 
     @property
     def name(self) -> str:
-        norm = "norm" if self.group_norm else "no_norm"
-        return f"{self.start or 'plain'}-n{self.slots}-{norm}-rate{self.rate:g}-added{self.added_rate or self.rate:g}"
+        rates = f"rate{self.rate:g}-added{self.added_rate or self.rate:g}"
+        return f"{self.base}-{self.start or 'plain'}-n{self.slots}-{rates}"
 
 
 STARTS = ("noise", "copies", "scaled_copies", "zeros")
-PLAIN = [Row(rate=rate) for rate in (RATE / 2, RATE, 2 * RATE)]
-ROWS = [*PLAIN, *(Row(start) for start in STARTS), *(Row(start, added_rate=10 * RATE) for start in STARTS)]
+ROWS = [
+    *(Row("constant", rate) for rate in (1e-3, 5e-4)),
+    *(Row("constant", 1e-3, start) for start in STARTS),
+    *(Row("constant", 1e-3, start, added_rate=5e-3) for start in STARTS),
+    Row("constant", 1e-3, "noise", added_rate=2e-3),
+    Row("constant", 5e-4, "noise"),
+    Row("constant", 5e-4, "noise", slots=16),
+    *(Row("annealed", rate) for rate in (1.25e-4, 2.5e-4, 5e-4)),
+    *(Row("annealed", 2.5e-4, start) for start in STARTS),
+]
 
 
 def make_corpus(out: Path) -> None:
@@ -57,29 +65,41 @@ def run_recipe(stage: str, out: Path, folder: Path, seed: int, *overrides: str) 
     return train(read_recipe(RECIPES / stage / "config.yaml", shared, TrainingRecipe))
 
 
-def pretrain(out: Path, seed: int) -> Path:
-    folder = out / f"seed-{seed}" / "base"
-    if not (folder / "recipe.yaml").exists():  # the last file that `train` writes
+def pretrain(out: Path, base: str, seed: int) -> Path:
+    """The checkpoint to train on: annealed by its pretraining, or then trained further at a constant rate."""
+    folder = out / f"seed-{seed}" / base
+    if (folder / "recipe.yaml").exists():  # the last file that `train` writes
+        return folder
+    if base == "annealed":
         run_recipe("pretrain", out, folder, seed, f"tokenizer={out}/corpus/tokenizer")
+        return folder
+    model = pretrain(out, "annealed", seed)
+    schedule = [
+        "lr_scheduler_type=constant_with_warmup",
+        f"learning_rate={CONSTANT_RATE}",
+        f"max_steps={CONSTANT_STEPS}",
+    ]
+    more = [f"model={model}", "data.train.split=train[80%:]", *(f"training.{setting}" for setting in schedule)]
+    run_recipe("train", out, folder, seed, *more)
     return folder
 
 
 def upcycled(base: Path, row: Row, seed: int) -> Path:
-    folder = base.parent / f"upcycled-{row.start}-{row.slots}-{row.group_norm}"
+    folder = base.parent / f"{row.base}-upcycled-{row.start}-n{row.slots}"
     if not folder.exists():
-        upcycle(base, folder, slots=row.slots, group_norm=row.group_norm, slot_start=row.start, seed=seed)
+        upcycle(base, folder, slots=row.slots, slot_start=row.start, seed=seed)
     return folder
 
 
 def continue_training(out: Path, row: Row, seed: int) -> dict:
-    """Train on as `row` says, on a tenth of the text that no pretraining saw, another one for each seed."""
+    """Train on as `row` says, on a tenth of the text that no pretraining saw, another one for each of three seeds."""
     folder = out / f"seed-{seed}" / row.name
     path = folder / "result.json"
     if path.exists():
         return json.loads(path.read_text())
-    base = pretrain(out, seed)
+    base = pretrain(out, row.base, seed)
     source = upcycled(base, row, seed) if row.start else base
-    tenth = 50 + 10 * (seed % 5)
+    tenth = 50 + 10 * (seed % 3)
     overrides = [
         f"model={source}",
         f"data.train.split=train[{tenth}%:{tenth + 10}%]",
@@ -96,8 +116,8 @@ def continue_training(out: Path, row: Row, seed: int) -> dict:
     return result
 
 
-def loss_before(out: Path, seed: int) -> float:
-    history = json.loads((out / f"seed-{seed}" / "base" / "trainer_state.json").read_text())["log_history"]
+def loss_before(out: Path, base: str, seed: int) -> float:
+    history = json.loads((out / f"seed-{seed}" / base / "trainer_state.json").read_text())["log_history"]
     return [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
 
 
@@ -105,22 +125,28 @@ def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
+def paired(losses: list[float], baseline: list[float]) -> str:
+    """Mean difference and its standard error."""
+    differences = [loss - other for loss, other in zip(losses, baseline, strict=True)]
+    return f"{statistics.mean(differences):+.4f} ± {spread(differences) / len(differences) ** 0.5:.4f}"
+
+
 def table(results: dict[Row, list[dict]]) -> str:
-    """Markdown; differences are to the plain backbone at its best rate, seed by seed."""
+    """Markdown; differences are to the plain backbone, seed by seed: at the same rate, and at its best one."""
     losses = {row: [run["loss"] for run in runs] for row, runs in results.items()}
     baseline = min((row for row in losses if row.start is None), key=lambda row: statistics.mean(losses[row]))
-    columns = ["start", "r", "group norm", "rate", "rate of the added", "parameters", "held-out loss"]
-    columns += ["against plain at its best", "CPU time"]
+    columns = ["start", "r", "rate", "rate of the added", "parameters", "held-out loss"]
+    columns += ["against plain at this rate", "against plain at its best", "CPU time"]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    plain_at = {row.rate: row for row in losses if row.start is None}
     for row, values in losses.items():
-        paired = [value - plain for value, plain in zip(values, losses[baseline], strict=True)]
-        error = spread(paired) / len(paired) ** 0.5
-        difference = "—" if row == baseline else f"{statistics.mean(paired):+.4f} ± {error:.4f}"
+        differences = [paired(values, losses[plain]) if plain not in (row, None) else "—"
+                       for plain in (plain_at.get(row.rate), baseline)]  # fmt: skip
         cells = [
             row.start or "plain backbone", f"{row.slots / 4:g}" if row.start else "—",
-            ("yes" if row.group_norm else "no") if row.start else "—", f"{row.rate:g}",
-            f"{row.added_rate or row.rate:g}" if row.start else "—", f"{results[row][0]['parameters']:,}",
-            f"{statistics.mean(values):.4f} ± {spread(values):.4f}", difference,
+            f"{row.rate:g}", f"{row.added_rate or row.rate:g}" if row.start else "—",
+            f"{results[row][0]['parameters']:,}",
+            f"{statistics.mean(values):.4f} ± {spread(values):.4f}", *differences,
             f"{statistics.median(run['seconds'] for run in results[row]):.0f} s",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -134,15 +160,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     make_corpus(options.out)
-    for seed in options.seeds:
-        pretrain(options.out, seed)
-        print(f"seed {seed}: held-out loss before {loss_before(options.out, seed):.4f}", flush=True)
-    results = {}
-    for row in ROWS:
-        results[row] = [continue_training(options.out, row, seed) for seed in options.seeds]
-        print(row.name, [f"{run['loss']:.4f}" for run in results[row]], flush=True)
-    (options.out / "table.md").write_text(table(results) + "\n")
-    print(table(results))
+    tables = []
+    for base in dict.fromkeys(row.base for row in ROWS):
+        results = {}
+        for row in [row for row in ROWS if row.base == base]:
+            results[row] = [continue_training(options.out, row, seed) for seed in options.seeds]
+            print(row.name, [f"{run['loss']:.4f}" for run in results[row]], flush=True)
+        before = ", ".join(f"{loss_before(options.out, base, seed):.4f}" for seed in options.seeds)
+        tables.append(f"From the {base} checkpoint, held-out loss before: {before}\n\n{table(results)}\n")
+    (options.out / "table.md").write_text("\n".join(tables))
+    print("\n".join(tables))
 
 
 if __name__ == "__main__":
