@@ -383,6 +383,7 @@ def test_mtp_modules_start_from_the_last_layer_and_leave_the_logits_exact(family
 SHIPPED = {  # family -> where its checkpoints keep multi-token prediction
     "deepseek_v3": ["model.layers.3.eh_proj.weight", "model.layers.3.enorm.weight", "model.layers.3.mlp.gate.weight"],
     "llama": ["mtp.fc.weight", "mtp.norm.weight"],
+    "mixtral": ["model.mtp_emb_norm.0.weight", "model.mtp.layers.0.weight"],  # as ERNIE 4.5 and LongCat name theirs
 }
 
 

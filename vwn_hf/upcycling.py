@@ -355,14 +355,12 @@ def number_of_layers(config: PreTrainedConfig) -> int:
 
 
 def source_mtp_tensors(weight_map: dict[str, str], config: PreTrainedConfig) -> list[str]:
-    """Names of the tensors of multi-token prediction that a checkpoint ships: layers after the last, and `mtp*`."""
-    layer = re.compile(r"^model\.layers\.(\d+)\.")
-    return sorted(
-        key
-        for key in weight_map
-        if key.startswith(("mtp.", "model.mtp.", "model.mtp_"))
-        or ((match := layer.match(key)) and int(match[1]) >= number_of_layers(config))
-    )
+    """Names of the tensors of multi-token prediction that a checkpoint ships: layers after the last, and mtp…."""
+    layer, module = re.compile(r"^model\.layers\.(\d+)\."), re.compile(r"(^|\.)mtp")
+    after_last = {
+        key for key in weight_map if (match := layer.match(key)) and int(match[1]) >= number_of_layers(config)
+    }
+    return sorted(after_last | {key for key in weight_map if module.search(key)})
 
 
 def describe_source_mtp(folder: Path, keys: list[str]) -> str:
