@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaPreTrainedModel, LlamaRMSNorm
 
-from vwn_hf import Backbone, Sublayer, UpcyclingError, register_backbone, upcycle
+from vwn_hf import Backbone, Sublayer, UpcyclingError, backbones, register_backbone, upcycle
 from vwn_hf.analysis import cost
 from vwn_hf.backbones import BACKBONES, NOT_DONE, OWN_HYPER_CONNECTIONS, get_backbone
 from vwn_hf.modeling_vwn import check_parts, find_part, norm_epsilon, over_width_embedding
@@ -444,9 +444,12 @@ OWN = Backbone(
 
 @pytest.fixture
 def own_family():
+    """Registered for one test only: the table is one for the whole process."""
     register_backbone(OWN)
     AutoConfig.register("own", OwnConfig, exist_ok=True)
     AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM, exist_ok=True)
+    yield
+    del backbones._table["own"]
 
 
 def test_a_family_from_outside_of_transformers_is_one_row(own_family, tmp_path, tokens):
