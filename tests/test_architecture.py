@@ -15,6 +15,7 @@ ORDER = [
     "configuration_vwn",
     "multi_token_prediction",
     "backbones",
+    "checkpoints",
     "modeling_vwn",
     "upcycling",
     "data",
