@@ -192,7 +192,7 @@ def regular_file(folder: Path, name: str, reason: str = "it is needed") -> Path:
     allowed = [root] + ([blobs.resolve()] if folder.parent.name == "snapshots" and blobs.is_dir() else [])
     if not any(real.is_relative_to(place) for place in allowed):
         raise CheckpointError(
-            f"{path} is a link that leads out of its folder, to {real}; give the folder that holds the files themselves."
+            f"{path} is a link that leads out of its folder, to {real}; give the folder that holds the files."
         )
     if not stat.S_ISREG(real.stat().st_mode):
         raise CheckpointError(f"{path} is not a regular file.")
@@ -269,9 +269,10 @@ def stored_tensor(file: Path, name: str, entry: object, data_start: int, file_si
         raise CheckpointError(f"{file}: the shape of tensor {name!r} overflows: {shape}.")
     first, last = offsets
     bits = math.prod(shape) * BITS[dtype]
-    if not first <= last <= file_size - data_start or (last - first) * 8 != bits:
+    data_size = file_size - data_start
+    if not first <= last <= data_size or (last - first) * 8 != bits:
         raise CheckpointError(
-            f"{file}: tensor {name!r}, {dtype} {shape}, cannot lie at bytes {first} to {last} of {file_size - data_start}."
+            f"{file}: tensor {name!r}, {dtype} {shape}, cannot lie at bytes {first} to {last} of {data_size}."
         )
     return StoredTensor(name, file, dtype, tuple(shape), data_start + first, last - first)
 
