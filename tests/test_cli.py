@@ -1,13 +1,17 @@
 """The command line, run as a user would."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from conftest import tiny_model
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from vwn_hf.analysis import cost
 from vwn_hf.cli import app
 
 
@@ -25,7 +29,7 @@ def test_upcycle_prints_its_check(source, tmp_path):
     result = run("upcycle", source, tmp_path / "vwn", "--segments", 2, "--slots", 3)
     assert result.exit_code == 0, result.output
     assert "m=2, n=3, state 1.5 times as wide" in result.output and "equal the source's bit for bit" in result.output
-    assert json.loads((tmp_path / "vwn" / "upcycling_report.json").read_text())["logits_equal"] is True
+    assert json.loads((tmp_path / "vwn" / "upcycling_report.json").read_text())["verification"]["logits_equal"]
 
 
 def test_upcycle_takes_a_carry_a_preset_and_a_rank(source, tmp_path):
@@ -49,6 +53,35 @@ def test_upcycle_takes_its_settings_from_a_recipe_and_options_win(source, tmp_pa
     recipe.write_text("slot: 3\n")
     result = run("upcycle", "--recipe", recipe, source, tmp_path / "other")
     assert result.exit_code == 2 and "did you mean slots" in result.output
+
+
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(source, tmp_path):
+    shown = run("upcycle", source, tmp_path / "vwn", "--dry-run")
+    estimate = json.loads(run("upcycle", source, tmp_path / "vwn", "--dry-run", "--json").output)
+    assert shown.exit_code == 0 and "nothing is written yet" in shown.output
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    report = json.loads(run("upcycle", source, tmp_path / "vwn", "--json").output)
+    written = {path.name: path.stat().st_size for path in (tmp_path / "vwn").glob("*.safetensors")}
+    assert estimate["files"] == written and estimate["bytes_to_write"] == sum(written.values())
+    for name in ("source_parameters", "added_parameters", "dropped"):
+        assert estimate[name] == report[name]
+    assert f"{estimate['added_parameters']:,}" in shown.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "vwn")
+    assert model.num_parameters() == report["source_parameters"] + report["added_parameters"]
+    assert estimate["added_flops_per_token"] == cost(model.config).total("flops_per_token", "vwn")
+    assert estimate["seconds"] > 0
+
+
+def test_the_report_is_the_outputs_own_and_names_no_path_of_this_machine(source, tmp_path):
+    report = json.loads(run("upcycle", source, tmp_path / "vwn", "--json", "--link", "always").output)
+    text = (tmp_path / "vwn" / "upcycling_report.json").read_text()
+    own = json.loads(text)
+    assert report["output"] == str(tmp_path / "vwn") and str(tmp_path) not in text
+    assert own == {key: value for key, value in report.items() if key not in ("output", "linked")}
+    digest = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
+    assert own["source_sha256"] == {"model.safetensors": digest} and own["source"] == "source"
+    assert own["vwn_hf"] == version("vwn-hf") and own["options"]["slots"] == 8
+    assert own["verification"]["level"] == "logits" and own["verification"]["tensors"] > 0
 
 
 @pytest.mark.parametrize(
@@ -80,7 +113,17 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_help_names_every_command():
     output = run("--help").output
-    for command in ("upcycle", "train", "evaluate", "cost", "families", "corpus", "demo"):
+    for command in (
+        "upcycle",
+        "extract-delta",
+        "apply-delta",
+        "train",
+        "evaluate",
+        "cost",
+        "families",
+        "corpus",
+        "demo",
+    ):
         assert command in output
 
 

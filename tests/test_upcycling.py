@@ -12,9 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from vwn_hf import UpcyclingError, upcycle
+from vwn_hf import CheckpointError, sources, upcycle
 from vwn_hf import upcycling as upcycling_module
+from vwn_hf.widening import as_new
 
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 EXPERTS = ["eager", "batched_mm", "grouped_mm"]
 
 
@@ -253,18 +255,31 @@ def edit_config(folder, **changes):
     ("harm", "error", "message"),
     [
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
-        (lambda f: (f / "model.safetensors").unlink(), UpcyclingError, "neither model.safetensors nor"),
-        (lambda f: edit_config(f, model_type="gpt_neox"), UpcyclingError, "'gpt_neox' is not supported. Supported"),
-        (lambda f: edit_config(f, model_type="vwn_olmoe"), UpcyclingError, "VWN model already"),
-        (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), UpcyclingError, "quantized .fp8."),
-        (lambda f: edit_config(f, vocab_size=98), UpcyclingError, "config.json says vocab_size=98"),
+        (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "neither model.safetensors nor"),
+        (lambda f: edit_config(f, model_type="gpt_neox"), CheckpointError, "'gpt_neox' is not supported. Supported"),
+        (lambda f: edit_config(f, model_type="vwn_olmoe"), CheckpointError, "VWN model already"),
+        (lambda f: edit_config(f, quantization_config={"quant_method": "quark"}), CheckpointError, "quark"),
+        (lambda f: edit_config(f, vocab_size=98), CheckpointError, "config.json says vocab_size=98"),
         (
             lambda f: damage(f, lambda t: t.pop("model.embed_tokens.weight")),
-            UpcyclingError,
+            CheckpointError,
             "no tensor model.embed_tokens",
         ),
-        (lambda f: damage(f, lambda t: t.pop("model.norm.weight")), UpcyclingError, "does not load cleanly"),
-        (lambda f: damage(f, lambda t: t["lm_head.weight"].fill_(torch.nan)), UpcyclingError, "not finite"),
+        (
+            lambda f: damage(f, lambda t: t.pop("model.norm.weight")),
+            CheckpointError,
+            "no tensors for model.norm.weight",
+        ),
+        (lambda f: damage(f, lambda t: t.pop(EXPERT)), CheckpointError, "no tensors for model.layers.1.mlp.experts"),
+        (
+            lambda f: damage(f, lambda t: t.update(stray=torch.zeros(2))),
+            CheckpointError,
+            r"no place for: stray.*--drop",
+        ),
+        (lambda f: edit_config(f, num_experts=5), CheckpointError, "no tensors for model.layers.0.mlp.experts"),
+        (lambda f: edit_config(f, num_key_value_heads=4), CheckpointError, r"k_norm.weight has shape \[24\].*asks for"),
+        (lambda f: edit_config(f, num_hidden_layers=3), CheckpointError, "config.json says 3 layers.*tensors of 2"),
+        (lambda f: damage(f, lambda t: t["lm_head.weight"].fill_(torch.nan)), CheckpointError, "not finite"),
     ],
 )
 def test_a_source_that_cannot_be_upcycled_is_refused_and_leaves_nothing(harm, error, message, tmp_path):
@@ -281,7 +296,7 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path):
     index = json.loads(path.read_text())
     index["weight_map"]["lm_head.weight"] = "../other.safetensors"
     path.write_text(json.dumps(index))
-    with pytest.raises(UpcyclingError, match="no safetensors file in the folder"):
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file in the folder"):
         upcycle(tmp_path / "source", tmp_path / "vwn")
 
 
@@ -291,11 +306,12 @@ def test_a_changed_function_is_an_error_and_leaves_nothing(tmp_path, monkeypatch
 
     def moved(*args):
         tensors = honest(*args)
-        tensors["model.layers.0.attention_connection.write.bias"] *= 1.5
+        name = "model.layers.0.attention_connection.write.bias"
+        tensors[name] = as_new(tensors[name].whole() * 1.5, torch.float32)
         return tensors
 
     monkeypatch.setattr(upcycling_module, "new_tensors", moved)
-    with pytest.raises(UpcyclingError, match="Logits differ"):
+    with pytest.raises(CheckpointError, match="Logits differ"):
         upcycle(tmp_path / "source", tmp_path / "vwn")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -357,6 +373,21 @@ def test_a_hub_id_is_found_with_its_revision(tmp_path):
     print(result.stderr)
 
 
+def test_a_family_that_is_not_supported_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "config.json").write_text(json.dumps({"model_type": "gpt_neox"}))
+    asked = []
+
+    def download(source, revision, allow_patterns):
+        asked.append(allow_patterns)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(sources, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match="'gpt_neox' is not supported"):
+        upcycle("someone/large-model", tmp_path / "vwn")
+    assert asked == [["config.json"]]
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mtp_modules_start_from_the_last_layer_and_leave_the_logits_exact(family, layers, tmp_path, tokens):
@@ -393,11 +424,12 @@ def test_a_sources_own_mtp_is_refused_by_name_or_left_out_when_told_to(family, t
     tensors = load_file(tmp_path / "source" / "model.safetensors")
     tensors |= {key: torch.zeros(3) for key in SHIPPED[family]}
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UpcyclingError, match=r"cannot be carried over.*--drop-source-mtp") as error:
+    with pytest.raises(CheckpointError, match=r"cannot be carried over.*--drop-source-mtp") as error:
         upcycle(tmp_path / "source", tmp_path / "vwn")
     assert all(key in str(error.value) for key in SHIPPED[family]) and not (tmp_path / "vwn").exists()
     report = upcycle(tmp_path / "source", tmp_path / "vwn", mtp_layers=1, drop_source_mtp=True)
-    assert report.dropped == sorted(SHIPPED[family]) and "Left out, as asked" in report.summary()
+    assert sorted(report.dropped) == sorted(SHIPPED[family])
+    assert "the source's multi-token prediction, as asked" in report.summary()
     index = json.loads((tmp_path / "vwn" / "model.safetensors.index.json").read_text())["weight_map"]
     assert not set(SHIPPED[family]) & set(index)
     load(tmp_path / "vwn")

@@ -11,12 +11,15 @@ from .backbones import Backbone, Sublayer, register_backbone
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "CheckpointError": "checkpoints",
     "GeneralizedHyperConnection": "hyper_connections",
-    "UpcyclingError": "upcycling",
     "VwnTrainer": "training",
     "VwnTrainerMixin": "training",
     "added_parameters": "modeling_vwn",
+    "apply_delta": "deltas",
+    "extract_delta": "deltas",
     "upcycle": "upcycling",
+    "widen": "in_memory",
 }
 __all__ = ["Backbone", "Sublayer", "register_backbone", *_MODULE_OF]  # and VwnOlmoeConfig, VwnOlmoeModel, …
 

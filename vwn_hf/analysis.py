@@ -7,7 +7,6 @@ Letters: D hidden size, m segments, n slots, d = D/m, D' = n·d = r·D. Source: 
 """
 
 import copy
-import inspect
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .backbones import BACKBONES, Backbone, get_backbone
+from .checkpoints import refuse_missing_path
 from .configuration_vwn import VwnConfigMixin
 from .hyper_connections import GeneralizedHyperConnection, SlotNorm
 from .over_width import GroupNorm
-from .upcycling import UpcyclingRecipe, refuse_missing_path, widen_config
+from .widening import Widening, widen_config
 
 DENSE_LAYER_BYTES = 34  # kept by a standard layer at 16 bits, in bytes per token and unit of D: arXiv:2205.05198
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -158,7 +158,7 @@ def cost(config: PreTrainedConfig, sequence_length: int = 4096, dtype: str = "bf
         ValueError: config is no VWN config, or dtype is unknown.
     """
     if not isinstance(config, VwnConfigMixin):
-        raise ValueError(f"{type(config).__name__} is no VWN config; make one with upcycling.widen_config.")
+        raise ValueError(f"{type(config).__name__} is no VWN config; make one with widening.widen_config.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {DTYPES}.")
     backbone = get_backbone(config.model_type.removeprefix("vwn_"))
@@ -414,13 +414,13 @@ FIGURES = ("parameters", "active_parameters", "flops_per_token")
 def read_config(
     source: str | Path, *, segments: int | None = None, slots: int | None = None, revision: str | None = None, **options
 ) -> PreTrainedConfig:
-    """The VWN config of a VWN checkpoint, or of a backbone's widened by `upcycling.widen_config`.
+    """The VWN config of a VWN checkpoint, or of a backbone's widened by `widening.widen_config`.
 
     Args:
         source: checkpoint folder, config.json or Hub id.
         segments, slots: m and n, to widen a backbone's config.
         revision: of a Hub id.
-        options: others of `upcycling.widen_config`; their defaults are those of `upcycling.upcycle`.
+        options: other fields of `widening.Widening`.
     Raises:
         ValueError: sizes are missing for a backbone, or given for a VWN checkpoint. OSError: there is no such config.
     """
@@ -430,9 +430,7 @@ def read_config(
         return config
     if not isinstance(config, VwnConfigMixin) and None in (segments, slots):
         raise ValueError(f"{source} is a {config.model_type} model, no VWN: give segments and slots to widen it.")
-    names = list(inspect.signature(widen_config).parameters)[1:]
-    defaults = {name: UpcyclingRecipe.model_fields[name].default for name in names}
-    return widen_config(config, **{**defaults, "segments": segments, "slots": slots, **options})
+    return widen_config(config, Widening(segments=segments, slots=slots, **options))
 
 
 def cost_table(figures: Cost) -> Group:

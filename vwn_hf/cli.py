@@ -1,5 +1,7 @@
 """The `vwn-hf` command: parsing only; each command calls one function of the package."""
 
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -69,16 +71,76 @@ def upcycle(
     seed: Annotated[int, typer.Option(help="Of that noise.")] = 0,
     mtp_layers: Annotated[int, typer.Option(help="Modules of multi-token prediction to add.")] = 0,
     drop_source_mtp: Annotated[bool, typer.Option(help="Leave out MTP tensors that the source ships.")] = False,
+    drop: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help='Leave out other tensors, by a pattern such as "vision_tower.*"; repeat for more.'),
+    ] = None,
     revision: Annotated[Optional[str], typer.Option(help="Of a Hub id.")] = None,  # noqa: UP045
-    verify: Annotated[bool, typer.Option(help="Compare logits with the source's before finishing.")] = True,
+    allow_pickle: Annotated[bool, typer.Option(help="Read .bin files, with torch's weights-only loader.")] = False,
+    link: Annotated[str, typer.Option(help="Share bytes with the source's files: auto, always or never.")] = "auto",
+    verify: Annotated[
+        str, typer.Option(help="header, bytes or logits, each with the ones before; auto; none.")
+    ] = "auto",
+    restart: Annotated[bool, typer.Option(help="Throw away what an earlier run left unfinished.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be written; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Widen a checkpoint into a VWN checkpoint that computes the same function."""
-    from .upcycling import upcycle as run
+    from .upcycling import UpcyclingRecipe, carry_out, plan_upcycling
 
-    settings = {key: value for key, value in locals().items() if key not in ("recipe", "run")}
-    with clear_errors():
-        report = run(**settings)
-    typer.echo(report.summary())
+    names = UpcyclingRecipe.model_fields.keys()
+    settings = {key: value for key, value in locals().items() if key in names}
+    settings |= {"output": str(output), "drop": drop or []}
+    with clear_errors(), progress_bars() as progress:
+        plan = plan_upcycling(UpcyclingRecipe(**settings))
+        result = plan.estimate() if dry_run else carry_out(plan, progress)
+    typer.echo(result.as_json() if as_json else result.summary())
+
+
+@app.command("extract-delta")
+def extract_delta(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a VWN checkpoint.")],
+    delta: Annotated[Path, typer.Argument(help="Folder to make.")],
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The backbone's checkpoint, to find out which of its tensors were trained."),
+    ] = None,
+    revision: Annotated[Optional[str], typer.Option(help="Of the base, if it is a Hub id.")] = None,  # noqa: UP045
+    trained: Annotated[bool, typer.Option(help="Put those into the delta, too.")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Read a base's .bin files, as in upcycle.")] = False,
+    restart: Annotated[bool, typer.Option(help="Throw away what an earlier run left unfinished.")] = False,
+) -> None:
+    """Save only what VWN added to a checkpoint, or changed in it."""
+    from .deltas import extract_delta as run
+
+    with clear_errors(), progress_bars() as progress:
+        result = run(
+            checkpoint, delta, base=base, revision=revision, trained=trained, allow_pickle=allow_pickle,
+            restart=restart, progress=progress,
+        )  # fmt: skip
+    typer.echo(f"{delta}: {result.summary()}")
+
+
+@app.command("apply-delta")
+def apply_delta(
+    base: Annotated[str, typer.Argument(help="Folder or Hub id of the backbone's checkpoint.")],
+    delta: Annotated[str, typer.Argument(help="Folder or Hub id of the delta.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    revision: Annotated[Optional[str], typer.Option(help="Of the base, if it is a Hub id.")] = None,  # noqa: UP045
+    allow_pickle: Annotated[bool, typer.Option(help="Read a base's .bin files, as in upcycle.")] = False,
+    link: Annotated[str, typer.Option(help="Share bytes with the base's files: auto, always or never.")] = "auto",
+    restart: Annotated[bool, typer.Option(help="Throw away what an earlier run left unfinished.")] = False,
+) -> None:
+    """Put a backbone's checkpoint and a delta together to the VWN checkpoint it was taken from."""
+    from .deltas import apply_delta as run
+
+    with clear_errors(), progress_bars() as progress:
+        result = run(
+            base, delta, output, revision=revision, allow_pickle=allow_pickle, link=link, restart=restart,
+            progress=progress,
+        )  # fmt: skip
+    held = f"{result.parameters:,} parameters, {result.held:,} of them from the delta"
+    typer.echo(f"{output}: {held}; all others are those it was taken from, by their sha256.")
 
 
 @app.command()
@@ -195,8 +257,28 @@ def demo(
         run(output, recipes)
 
 
+@contextmanager
+def progress_bars():
+    """A bar for each stage of a long job, on a terminal only: gives a function of stage, bytes done, all bytes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop says what Ctrl-C says
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(TextColumn("{task.description}"), *columns, console=console, disable=not console.is_terminal) as bars:
+        stages = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.advance(stages[stage], done)
+
+        yield advance
+
+
 class clear_errors:
-    """End the command with the message alone, and status 1, for errors whose text says what to do."""
+    """End the command with the message alone, and status 1, for errors whose text says what to do; 130 if stopped."""
 
     def __enter__(self):
         return self
@@ -205,6 +287,9 @@ class clear_errors:
         if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error
+        if isinstance(error, KeyboardInterrupt) and error.args:
+            typer.echo(error.args[0], err=True)
+            raise typer.Exit(130) from error
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ The three matrices depend on the token. Source: arXiv:2511.11238, section 3.3 an
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def parameter_dtype() -> torch.dtype:
     """The dtype that connections' parameters are made in: float32 too where the default dtype is narrower."""
     return at_least_float32(torch.get_default_dtype())
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off; the meta device has none."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 class SlotNorm(nn.Module):
@@ -214,14 +220,14 @@ class GeneralizedHyperConnection(nn.Module):
             over-width state after the sublayer, [..., n·d], in hidden_states' dtype.
         """
         dtype, device_type = hidden_states.dtype, hidden_states.device.type
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(device_type):
             slots = hidden_states.to(at_least_float32(dtype)).unflatten(-1, (self.slots, -1))
             normed = self.slot_norm(slots)
             read, write = self.read(normed), self.write(normed)
             carry = self.carry(normed) if self.carry is not None else None
             sublayer_input = mix(read, slots).flatten(-2).to(dtype)
         outputs = sublayer(sublayer_input)
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(device_type):
             state = mix(carry, slots) if carry is not None else slots
             for output in outputs if isinstance(outputs, tuple) else (outputs,):
                 segments = output.to(slots.dtype).unflatten(-1, (self.segments, -1))

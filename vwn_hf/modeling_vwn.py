@@ -34,9 +34,11 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     initialization,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils import can_return_tuple
@@ -192,6 +194,19 @@ def norm_epsilon(norm: nn.Module) -> float:
     return next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), 1e-5)
 
 
+class BackboneRenaming(WeightRenaming):
+    """A renaming of a checkpoint's tensors, on loading and back on saving, that leaves the connections' alone.
+
+    Of FP8 checkpoints transformers takes every `….scale` for a scale of blocks. The connections have such a parameter,
+    and by it a model would be saved with each `weight_scale_inv` named `scale`.
+    """
+
+    __slots__ = ()  # as its base class, whose instances are turned into this one
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return (source_key, None) if "_connection." in source_key else super().rename_source_key(source_key)
+
+
 class VwnPreTrainedMixin:
     """What every VWN model class shares."""
 
@@ -207,6 +222,13 @@ class VwnPreTrainedMixin:
             return super()._init_weights(module)
         for name, value in module.initial_values().items():
             initialization.copy_(getattr(module, name), value)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        for transform in load_config.weight_mapping or ():
+            if type(transform) is WeightRenaming:
+                transform.__class__ = BackboneRenaming
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     # transformers answers these two by searching the source text of the class's own module: ask it of the family's.
     @classmethod
@@ -340,9 +362,7 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
         """A module whose decoder layer is like one of the stack's; its attention keeps a cache of its own."""
         number = self.mtp_source_layer
         layer = type(self.model.layers[number])(config, number)
-        modules = [layer.get_submodule(name) for name in layer.arguments_of]
-        for index, module in enumerate(module for module in modules if hasattr(module, "layer_idx")):
-            module.layer_idx = index
+        number_caches(layer)
         norm = self.model.last_norm.renewed(config)
         return MultiTokenPredictor(layer, norm, config.slot_width, config.vwn_slots, config.vwn_norm_eps)
 
@@ -436,6 +456,13 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
 def keep_output(kept: list[Tensor], index: int, module: nn.Module, inputs: tuple, output: tuple) -> None:
     """A forward hook that appends one of a module's outputs."""
     kept.append(output[index])
+
+
+def number_caches(layer: VwnDecoderLayerMixin) -> None:
+    """Have a layer's attention modules keep keys and values in a cache for this layer alone."""
+    modules = [layer.get_submodule(name) for name in layer.arguments_of]
+    for index, module in enumerate(module for module in modules if hasattr(module, "layer_idx")):
+        module.layer_idx = index
 
 
 def last_attention_layer(config, layers: int) -> int:

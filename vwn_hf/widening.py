@@ -1,7 +1,8 @@
 """What VWN adds to a backbone so that the wider model computes the backbone's function: config and tensors.
 
-A tensor is made in blocks of rows, each from its own random generator: memory does not grow with the model, and a run
-that was cut off goes on with the same values.
+`upcycle` adds it to a checkpoint, `widen` to a model in memory, with the same values. A tensor is made in blocks of
+rows, each from its own random generator: memory does not grow with the model, and a run that was cut off goes on with
+the same values.
 """
 
 import hashlib
@@ -17,7 +18,9 @@ from transformers import PreTrainedConfig
 
 from .backbones import Backbone, get_backbone
 from .configuration_vwn import resolve_segments
+from .hyper_connections import SlotNorm
 from .modeling_vwn import build_family
+from .multi_token_prediction import SlotMixing
 from .over_width import OverWidthLinear
 
 SLOT_STARTS = ("noise", "copies", "zeros", "scaled_copies")
@@ -154,7 +157,7 @@ def number_of_layers(config: PreTrainedConfig) -> int:
 
 
 def new_tensors(config: PreTrainedConfig, widening: Widening, dtype: torch.dtype) -> dict[str, NewTensor]:
-    """The tensors that VWN adds to a backbone's, by name: connections in float32, the rest in `dtype`.
+    """The tensors that VWN adds to a backbone's, by name: connections and slot norms in float32, the rest in `dtype`.
 
     Of the modules of multi-token prediction only what no layer of the backbone has is among them.
     """
@@ -166,11 +169,11 @@ def new_tensors(config: PreTrainedConfig, widening: Widening, dtype: torch.dtype
         if isinstance(module, OverWidthLinear):
             make = starting_map(f"{name}.weight", module, start, widening.seed, config.hidden_size)
             tensors[f"{name}.weight"] = NewTensor(tuple(module.weight.shape), dtype, make)
+        elif isinstance(module, SlotMixing):
+            tensors[f"{name}.weight"] = as_new(mixing_start(config.slot_width), dtype)
         elif hasattr(module, "initial_values"):
-            keep = torch.float32 if "_connection" in name else dtype
+            keep = torch.float32 if "_connection" in name or isinstance(module, SlotNorm) else dtype
             tensors |= {f"{name}.{key}": as_new(value, keep) for key, value in module.initial_values().items()}
-    for number in range(config.num_mtp_layers):
-        tensors[f"mtp.{number}.mixing.weight"] = as_new(mixing_start(config.slot_width), dtype)
     return tensors
 
 
@@ -198,7 +201,8 @@ def starting_map(name: str, module: OverWidthLinear, start: str, seed: int, hidd
 def random_rows(key: str, first: int, shape: tuple[int, ...]) -> Tensor:
     """Standard normal values that depend on the key and on where the rows begin, nothing else."""
     seed = hashlib.sha256(f"{key} {first}".encode()).digest()[:8]
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1))
+    generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)  # whatever the default dtype
 
 
 def mixing_start(slot_width: int) -> Tensor:
@@ -254,3 +258,6 @@ def standard_deviation(rows: Callable[[int, int], Tensor], count: int, rows_per_
             number + block.numel(),
         )
     return math.sqrt(max(0.0, (squares - total * total / number) / max(1, number - 1)))
+
+
+# ---- a model in memory
