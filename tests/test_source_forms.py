@@ -97,6 +97,11 @@ FORMS = {  # name: how it is made, options of upcycle, level and equality of log
     "a buffer that is computed": (
         lambda f: with_tensors(f, "mixtral", model__layers__0__self_attn__rotary_emb__inv_freq=EXTRA), {}, EXACT
     ),
+    "a buffer that is computed, MTP added": (
+        lambda f: with_tensors(f, "mixtral", model__layers__1__self_attn__rotary_emb__inv_freq=EXTRA),
+        {"mtp_layers": 1},
+        EXACT,
+    ),
 }  # fmt: skip
 
 

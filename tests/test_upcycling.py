@@ -319,6 +319,8 @@ def test_a_changed_function_is_an_error_and_leaves_nothing(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"segmentz": 5}, "segmentz is no option; options are segments, slots"),
+        ({"slots": "many"}, "slots='many': Input should be a valid integer"),
         ({"segments": 5}, "segments=5 does not divide hidden_size=48"),
         ({"slots": 3}, "slots=3 is less than segments=4"),
         ({"slots": 6, "group_norm": True}, "vwn_group_norm=True with vwn_slots=6"),

@@ -12,7 +12,16 @@ from transformers import PreTrainedModel
 from .backbones import Backbone, get_backbone
 from .modeling_vwn import VwnPreTrainedMixin, build_family, number_caches, over_width_embedding
 from .quantization import added_linear_modules, default_skips, widened_quantization_config
-from .widening import NewTensor, Widening, backbone_of, new_tensors, number_of_layers, widen_config, widened_table
+from .widening import (
+    NewTensor,
+    Widening,
+    backbone_of,
+    new_tensors,
+    number_of_layers,
+    read_options,
+    widen_config,
+    widened_table,
+)
 
 RUNTIME_SETTINGS = ("_name_or_path", "_attn_implementation_internal", "_experts_implementation_internal")
 PRIVATE_SETTINGS = ("_gradient_checkpointing_func", "_loss_function")
@@ -36,7 +45,7 @@ def widen(model: PreTrainedModel, segments: int | None = None, slots: int = 8, *
         ValueError: the settings do not fit the model, or it is not a plain backbone: a VWN model, a model without
             lm_head, with adapters, wrapped, compiled, sharded or offloaded.
     """
-    widening = Widening(segments=segments, slots=slots, **options)
+    widening = read_options(Widening, {"segments": segments, "slots": slots, **options})
     check_backbone(model)
     config = widen_config(model.config, widening)
     for name in RUNTIME_SETTINGS:

@@ -8,7 +8,7 @@ layer. The output gets its name when it is complete and verified, and a run that
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from pydantic import Field
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .analysis import cost
-from .checkpoints import DTYPES, Checkpoint, CheckpointError, open_checkpoint, shown
+from .checkpoints import DTYPES, Checkpoint, CheckpointError, StoredTensor, open_checkpoint, shown
 from .layout import Layout, OutputTensor, lay_out
 from .modeling_vwn import last_attention_layer
 from .quantization import added_linear_modules, default_skips, widened_quantization_config
@@ -45,6 +45,7 @@ from .widening import (
     backbone_of,
     new_tensors,
     number_of_layers,
+    read_options,
     resolve_start,
     widen_config,
     widened_table,
@@ -198,8 +199,8 @@ def upcycle(source: str | Path, output: str | Path, *, progress: Watch = silent,
         ValueError: the settings do not fit the source.
         FileExistsError, FileNotFoundError: output is there already; source is not.
     """
-    plan = plan_upcycling(UpcyclingRecipe(source=str(source), output=str(output), **options))
-    return carry_out(plan, progress)
+    recipe = read_options(UpcyclingRecipe, {"source": str(source), "output": str(output), **options})
+    return carry_out(plan_upcycling(recipe), progress)
 
 
 def plan_upcycling(recipe: UpcyclingRecipe) -> UpcyclingPlan:
@@ -228,7 +229,7 @@ def read_and_plan(recipe: UpcyclingRecipe) -> UpcyclingPlan:
         level, no_logits = resolve_level(recipe.verify, source, source_config)
         dropped = tensors_to_drop(source, source_config, recipe.drop, recipe.drop_source_mtp)
         dropped |= account_for_tensors(source, source_config, dropped)
-        added = added_tensors(source, source_config, config, recipe)
+        added = added_tensors(source, source_config, config, recipe, dropped)
         parameters = count_parameters(source_config)
         return UpcyclingPlan(
             recipe, folder, commit, source, source_config, config, lay_out(source, added, dropped), dropped,
@@ -292,7 +293,11 @@ def keep_quantization(source_config: PreTrainedConfig, config: PreTrainedConfig)
 
 
 def added_tensors(
-    source: Checkpoint, source_config: PreTrainedConfig, config: PreTrainedConfig, recipe: UpcyclingRecipe
+    source: Checkpoint,
+    source_config: PreTrainedConfig,
+    config: PreTrainedConfig,
+    recipe: UpcyclingRecipe,
+    dropped: Collection[str],
 ) -> dict[str, OutputTensor]:
     """All tensors of the output that are not the source's as they are, by name."""
     key = backbone_of(config).embedding_key
@@ -307,10 +312,11 @@ def added_tensors(
         tensors["lm_head.weight"] = OutputTensor.copy(table, "lm_head.weight")
     new = new_tensors(config, recipe, dtype if dtype in FLOATS else torch.bfloat16)
     tensors |= {name: OutputTensor.new(name, tensor) for name, tensor in new.items()}
-    return tensors | mtp_tensors(source, config)
+    kept = {name: stored for name, stored in source.tensors.items() if name not in dropped}
+    return tensors | mtp_tensors(kept, config)
 
 
-def mtp_tensors(source: Checkpoint, config: PreTrainedConfig) -> dict[str, OutputTensor]:
+def mtp_tensors(source: dict[str, StoredTensor], config: PreTrainedConfig) -> dict[str, OutputTensor]:
     """What each MTP module takes from the source: its last attention layer and its last norm."""
     if not config.num_mtp_layers:
         return {}
@@ -319,7 +325,7 @@ def mtp_tensors(source: Checkpoint, config: PreTrainedConfig) -> dict[str, Outpu
     taken = {
         new_prefix + name.removeprefix(prefix): stored
         for prefix, new_prefix in prefixes.items()
-        for name, stored in source.tensors.items()
+        for name, stored in source.items()
         if name.startswith(prefix)
     }
     names = [

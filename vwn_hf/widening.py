@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -66,6 +66,18 @@ class Widening(BaseModel):
     slot_start: str | None = None
     seed: int = 0
     mtp_layers: int = 0
+
+
+def read_options(kind: type[Widening], fields: dict) -> Widening:
+    """`kind` of these fields. Raises ValueError that names the first one that is unknown or of another type."""
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise ValueError(f"{name} is no option; options are {', '.join(kind.model_fields)}.") from None
+        raise ValueError(f"{name}={first['input']!r}: {first['msg']}.") from None
 
 
 @dataclass(frozen=True)
