@@ -277,6 +277,11 @@ def edit_config(folder, **changes):
             r"no place for: stray.*--drop",
         ),
         (lambda f: edit_config(f, num_experts=5), CheckpointError, "no tensors for model.layers.0.mlp.experts"),
+        (
+            lambda f: edit_config(f, intermediate_size=33),
+            CheckpointError,
+            r"experts.3.down_proj.weight have 6,144 elements in all, but config.json asks for 6,336",
+        ),
         (lambda f: edit_config(f, num_key_value_heads=4), CheckpointError, r"k_norm.weight has shape \[24\].*asks for"),
         (lambda f: edit_config(f, num_hidden_layers=3), CheckpointError, "config.json says 3 layers.*tensors of 2"),
         (lambda f: damage(f, lambda t: t["lm_head.weight"].fill_(torch.nan)), CheckpointError, "not finite"),

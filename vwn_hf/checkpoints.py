@@ -63,13 +63,27 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
-def wrong_shape(tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What is wrong with the first tensor that is not of its shape; whole numbers may hold several values each."""
+def wrong_shape(
+    tensors: Mapping[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    elements: Mapping[tuple[str, ...], int],
+) -> str | None:
+    """What is wrong with the first tensor that is not of its shape, or the first ones that have not so many elements.
+
+    Of floating point alone: whole numbers may hold several quantized values each.
+    """
     for name, shape in shapes.items():
-        stored = tensors[name]
-        if stored.shape != shape and stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point:
-            return f"{name} has shape {list(stored.shape)}, but config.json asks for {list(shape)}"
+        if tensors[name].shape != shape and is_floating_point(tensors[name]):
+            return f"{name} has shape {list(tensors[name].shape)}, but config.json asks for {list(shape)}"
+    for names, expected in elements.items():
+        found = sum(tensors[name].elements for name in names)
+        if found != expected and all(is_floating_point(tensors[name]) for name in names):
+            return f"{shown(names)} have {found:,} elements in all, but config.json asks for {expected:,}"
     return None
+
+
+def is_floating_point(tensor: StoredTensor) -> bool:
+    return tensor.dtype in DTYPES and DTYPES[tensor.dtype].is_floating_point
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ def account_for_tensors(source: Checkpoint, config: PreTrainedConfig, dropped: C
         raise CheckpointError(
             f"{source.folder} is not complete: it has no tensors for {shown(account.missing)}. Download it again."
         )
-    wrong = wrong_shape(source.tensors, account.shapes)
+    wrong = wrong_shape(source.tensors, account.shapes, account.elements)
     if wrong:
         raise CheckpointError(f"{source.folder}: {wrong}; correct config.json, or download the weights again.")
     return dict.fromkeys(account.ignored, "transformers ignores it: the model computes it by itself")

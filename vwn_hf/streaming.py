@@ -248,6 +248,7 @@ class Account:
         ignored: tensors that no parameter takes either, and which the family says are left over on loading.
         missing: parameters and saved buffers that no tensor feeds, or not as many as there are experts.
         shapes: what the shape of a tensor must be, of those that are a parameter as they are.
+        elements: of tensors that are put together or taken apart, by their names, how many elements they have in all.
     """
 
     used: dict[str, str]
@@ -255,6 +256,7 @@ class Account:
     ignored: list[str]
     missing: list[str]
     shapes: dict[str, tuple[int, ...]]
+    elements: dict[tuple[str, ...], int]
 
 
 def account_for(
@@ -288,7 +290,18 @@ def account_for(
             for name, key in plain.items()
             if key == name and found[name].converter is None and found[name].name in parameters
         },
+        elements=converted_elements(parameters, {name: found[name] for name, key in plain.items() if key == name}),
     )
+
+
+def converted_elements(parameters: dict[str, Tensor], found: dict[str, "Target"]) -> dict[tuple[str, ...], int]:
+    """Elements of the parameters that are made together, by the names of the tensors that they are made from."""
+    groups = defaultdict(list)
+    for name, target in found.items():
+        if target.converter is not None and target.name in parameters:
+            groups[target.name].append(name)
+    made = {first: found[names[0]].names for first, names in groups.items()}
+    return {tuple(groups[first]): sum(parameters[name].numel() for name in names) for first, names in made.items()}
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def check_headers(output: Checkpoint, layout: Layout, config: PreTrainedConfig) 
             "The new checkpoint does not fit its model: "
             f"missing are {account.missing[:4]}, left over {account.unknown[:4]}."
         )
-    wrong = wrong_shape(output.tensors, account.shapes)
+    wrong = wrong_shape(output.tensors, account.shapes, account.elements)
     if wrong:
         raise CheckpointError(f"The new checkpoint does not fit its model: {wrong}.")
     return len(found)

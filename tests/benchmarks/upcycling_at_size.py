@@ -60,7 +60,12 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
         write_shard(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = {"model_type": "olmoe", "num_hidden_layers": layers, "dtype": "bfloat16"}
+    config = {
+        "model_type": "olmoe",
+        "num_hidden_layers": layers,
+        "intermediate_size": INTERMEDIATE,
+        "dtype": "bfloat16",
+    }
     (folder / "config.json").write_text(json.dumps(config))  # the rest is transformers' default, this model's
     return sum(map(size_of, shapes.values()))
 
