@@ -295,6 +295,15 @@ def test_a_source_that_cannot_be_upcycled_is_refused_and_leaves_nothing(harm, er
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_weights_that_are_no_part_of_the_checkpoint_are_named(tmp_path):
+    """Such as Mistral's own consolidated.safetensors beside transformers' shards."""
+    save(tiny_model("mixtral"), tmp_path / "source", max_shard_size="40KB")
+    save_file({"tok_embeddings.weight": torch.zeros(3)}, tmp_path / "source" / "consolidated.safetensors")
+    report = upcycle(tmp_path / "source", tmp_path / "vwn", verify="header")
+    assert report.other_files == ["consolidated.safetensors"] and "Not read" in report.summary()
+    assert not (tmp_path / "vwn" / "consolidated.safetensors").exists()
+
+
 def test_an_index_that_leaves_the_folder_is_refused(tmp_path):
     save(tiny_model("olmoe"), tmp_path / "source", max_shard_size="40KB")
     path = tmp_path / "source" / "model.safetensors.index.json"

@@ -88,16 +88,12 @@ def is_floating_point(tensor: StoredTensor) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a checkpoint's folder by name, its weight files in order, and other weight files left alone."""
+    """All tensors of a checkpoint's folder by name, its weight files in order, and others that are no part of it."""
 
     folder: Path
     tensors: dict[str, StoredTensor]
     files: list[Path]
     other_files: list[Path]
-
-    @property
-    def is_safetensors(self) -> bool:
-        return all(file.suffix == ".safetensors" for file in self.files)
 
     @property
     def size(self) -> int:

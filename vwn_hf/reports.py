@@ -102,6 +102,7 @@ class UpcyclingReport:
     added_parameters: int
     options: dict
     source_sha256: dict[str, str]
+    other_files: list[str]
     verification: Verification
     linked: list[str] = field(default_factory=list)
 
@@ -130,6 +131,8 @@ class UpcyclingReport:
         if self.mtp_layers:
             lines.append(f"multi-token prediction: {self.mtp_layers} added, from the last layer")
         lines += dropped_lines(self.dropped)
+        if self.other_files:
+            lines.append(f"Not read, as they are no part of the checkpoint: {shown(self.other_files)}.")
         if self.linked:
             lines.append(f"{len(self.linked)} weight files share their bytes with the source's.")
         return "\n".join([*lines, self.verification.summary()])

@@ -271,7 +271,8 @@ def carry_out(plan: UpcyclingPlan, progress: Watch) -> UpcyclingReport:
             untied=plan.untied, mtp_layers=recipe.mtp_layers, dropped=plan.dropped,
             source_parameters=plan.source_parameters, added_parameters=plan.added_parameters,
             options=recipe.model_dump(exclude={"source", "output", "restart"}), source_sha256=hashes,
-            verification=verification, linked=folder.linked,
+            other_files=[path.name for path in plan.source.other_files], verification=verification,
+            linked=folder.linked,
         )  # fmt: skip
         (folder.files / REPORT_NAME).write_text(report.as_json(without=("output", "linked")) + "\n")
     return report
