@@ -7,9 +7,9 @@ While it is written, everything lies in `.NAME.unfinished` beside it:
     finished.jsonl  a line for each finished file: name, size, time of change, sha256
     lock            held by the run that writes
 
-Files are written from front to back, so what is there of one after a cut is right as far as it goes. Copies are made
-in the kernel (copy_file_range); hashes are taken of what was written, on another thread. Everything is on the disk
-before the folder gets its name, so that not even a power cut leaves half of it there.
+Each file is written from front to back, so what is there of one after a cut is right as far as it goes. Copies are
+made in the kernel (copy_file_range), several at once, and hashed on other threads. Everything is on the disk before
+the folder gets its name, so that not even a power cut leaves half of it there.
 """
 
 import errno
