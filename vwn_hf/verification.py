@@ -88,8 +88,10 @@ def why_no_logits(source: Checkpoint, quantization: dict | None) -> str | None:
     return why_it_cannot_run(quantization, {name: stored.shape for name, stored in source.tensors.items()})
 
 
-def verify(level: str, source: Checkpoint, folder: Path, config: PreTrainedConfig, layout: Layout, watch: Watch):
-    """Verify a folder that was laid out from `source`, for the model of `config`; returns a `Verification`.
+def verify(
+    level: str, source: Checkpoint, folder: Path, config: PreTrainedConfig, layout: Layout, watch: Watch
+) -> Verification:
+    """Verify a folder that was laid out from `source`, for the model of `config`.
 
     Args:
         level: as `resolve_level` gives it.
