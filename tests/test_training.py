@@ -1,5 +1,6 @@
 """Recipes are strict; a run trains, keeps its settings, and can be continued."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from vwn_hf import added_parameters, upcycle
 from vwn_hf.data import write_standard_library_corpus
 from vwn_hf.evaluation import EvaluationRecipe
-from vwn_hf.training import AddedParameters, RecipeError, TrainingRecipe, VwnTrainer, read_recipe, train
+from vwn_hf.multi_token_prediction import IGNORED
+from vwn_hf.training import (
+    AddedParameters,
+    RecipeError,
+    TrainingRecipe,
+    VwnTrainer,
+    distillation_loss,
+    read_recipe,
+    train,
+)
 from vwn_hf.upcycling import UpcyclingRecipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -86,6 +96,9 @@ def test_every_recipe_of_the_repository_is_valid(path):
         ({"config": None}, "Give either model"),
         ({"config": {"hidden_size": 3}}, "config has no model_type"),
         ({"tokenizer": None}, "config without tokenizer"),
+        ({"train_only": "backbone"}, "train_only: .*got 'backbone'"),
+        ({"train_only": "added", "backbone": {"freeze_steps": 2}}, "leave one of them out"),
+        ({"distillation": {"weight": 1}}, "distillation.teacher: "),
     ],
 )
 def test_a_recipe_with_a_mistake_is_refused_by_name(change, message, corpus, tmp_path):
@@ -241,3 +254,110 @@ def test_an_upcycled_checkpoint_trains_on(corpus, tmp_path):
     }
     after = train(TrainingRecipe(**content))
     assert after["eval_loss"] < base["eval_loss"]
+
+
+def upcycled_source(corpus, tmp_path, **training):
+    """A recipe that trains on an upcycled, hardly trained OLMoE, and the folders of both."""
+    content = tiny_recipe(corpus, tmp_path / "base", max_steps=2)
+    native = {key: value for key, value in content["config"].items() if not key.startswith("vwn_")}
+    train(TrainingRecipe(**{**content, "config": native | {"model_type": "olmoe"}}))
+    upcycle(tmp_path / "base", tmp_path / "vwn", segments=2, slots=4)
+    content |= {"config": None, "model": str(tmp_path / "vwn")}
+    content["training"] |= {"output_dir": str(tmp_path / "on"), "max_steps": 12, **training}
+    return content
+
+
+def changed_parameters(before, after) -> set[str]:
+    old, new = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (before, after))
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def test_the_backbone_is_frozen_for_its_first_steps_and_then_let_go(corpus, tmp_path):
+    content = upcycled_source(corpus, tmp_path, save_strategy="steps", save_steps=6, logging_steps=1, warmup_steps=0)
+    content["training"] |= {"weight_decay": 0.1, "lr_scheduler_type": "constant"}
+    train(TrainingRecipe(**content, backbone={"freeze_steps": 6, "warmup_steps": 4}, added={"warmup_steps": 2}))
+    at_first = changed_parameters(tmp_path / "vwn", tmp_path / "on" / "checkpoint-6")
+    assert at_first and at_first <= set(added_parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "vwn")))
+    later = changed_parameters(tmp_path / "on" / "checkpoint-6", tmp_path / "on")
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} <= later
+    history = json.loads((tmp_path / "on" / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    assert rates == pytest.approx([0] * 6 + [0.01 * factor for factor in (0, 0.25, 0.5, 0.75, 1, 1)])
+
+
+def test_a_run_with_a_frozen_start_resumes_where_it_was(corpus, tmp_path):
+    more = {"backbone": {"freeze_steps": 8, "warmup_steps": 4}, "added": {"warmup_steps": 3}}
+    recipes = [
+        TrainingRecipe(**more, **tiny_recipe(corpus, tmp_path / name, save_strategy="steps", save_steps=6))
+        for name in ("whole", "parts")
+    ]
+    whole, _ = (train(recipe) for recipe in recipes)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-12")
+    assert train(recipes[1], resume=True)["eval_loss"] == whole["eval_loss"]
+
+
+def test_a_schedule_that_follows_the_losses_cannot_be_scaled(corpus, tmp_path):
+    content = tiny_recipe(corpus, tmp_path / "out", lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps")
+    content["training"]["metric_for_best_model"] = "eval_loss"
+    with pytest.raises(RecipeError, match="reduce_lr_on_plateau sets rates from the losses"):
+        train(TrainingRecipe(**content, backbone={"freeze_steps": 2}))
+
+
+def test_only_what_vwn_added_is_trained_if_the_recipe_says_so(corpus, tmp_path):
+    content = upcycled_source(corpus, tmp_path)
+    train(TrainingRecipe(**content, train_only="added"))
+    changed = changed_parameters(tmp_path / "vwn", tmp_path / "on")
+    added = set(added_parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "vwn")))
+    assert changed <= added and {"model.norm.reduce.weight", "model.norm.group_norm.weight"} <= changed
+    content |= {"model": str(tmp_path / "base")}
+    with pytest.raises(RecipeError, match="no parameters that VWN added"):
+        train(TrainingRecipe(**content, train_only="added"))
+
+
+def test_the_distillation_loss_is_the_divergence_of_the_formula():
+    logits, teacher_logits = torch.randn(2, 2, 4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([[3, 1, IGNORED, 5], [2, IGNORED, 6, 0]])
+    expected = 0.0
+    for row, position in ((0, 0), (0, 2), (1, 1), (1, 2)):  # those whose next label counts
+        teacher = (teacher_logits[row, position] / 2).softmax(-1)
+        model = (logits[row, position] / 2).softmax(-1)
+        expected += 4 * sum(p * (p / q).log() for p, q in zip(teacher, model, strict=True)) / 5
+    loss = distillation_loss(logits, teacher_logits, labels, temperature=2.0, items=5)
+    torch.testing.assert_close(loss, expected.float())
+
+
+def test_an_upcycled_model_learns_from_its_source(corpus, tmp_path):
+    """At the start the two are one function; a step by the text takes the model away, less far with a teacher."""
+    content = upcycled_source(corpus, tmp_path, logging_steps=1, max_steps=8, warmup_steps=0)
+    logged = {}
+    for weight in (1e-6, 20.0):
+        content["training"]["output_dir"] = str(tmp_path / f"weight-{weight}")
+        train(TrainingRecipe(**content, distillation={"teacher": str(tmp_path / "base"), "weight": weight}))
+        history = json.loads((tmp_path / f"weight-{weight}" / "trainer_state.json").read_text())["log_history"]
+        logged[weight] = [entry["distillation_loss"] for entry in history if "distillation_loss" in entry]
+    assert logged[1e-6][0] == logged[20.0][0] == pytest.approx(0, abs=1e-6)
+    assert 0 < logged[20.0][-1] < logged[1e-6][-1] / 2
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(corpus, tmp_path):
+    content = upcycled_source(corpus, tmp_path)
+    tiny_model("olmoe").save_pretrained(tmp_path / "other")
+    with pytest.raises(RecipeError, match="predicts 99 tokens, the model 300"):
+        train(TrainingRecipe(**content, distillation={"teacher": str(tmp_path / "other")}))
+
+
+def test_fields_of_a_checkpoints_config_can_be_changed(corpus, tmp_path):
+    tiny_vwn("olmoe", vocab_size=300, num_mtp_layers=1).save_pretrained(tmp_path / "model")
+    content = tiny_recipe(corpus, tmp_path / "out", max_steps=1)
+    content |= {"model": str(tmp_path / "model"), "config": {"mtp_loss_weight": 0.7}, "dtype": "bfloat16"}
+    train(TrainingRecipe(**content))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.config.mtp_loss_weight == 0.7 and model.dtype == torch.bfloat16
+    assert model.model.layers[0].attention_connection.read.bias.dtype == torch.float32
+    content["config"] = {"mtp_los_weight": 0.7}
+    with pytest.raises(RecipeError, match=r"Unknown key config\.mtp_los_weight; did you mean mtp_loss_weight"):
+        train(TrainingRecipe(**content))
+    content["config"] = {"mtp_loss_weight": -1.0}
+    with pytest.raises(ValueError, match="mtp_loss_weight=-1"):
+        train(TrainingRecipe(**content))

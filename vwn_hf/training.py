@@ -1,17 +1,21 @@
 """A recipe in, a trained checkpoint out: strict YAML → datasets → packed blocks → transformers' Trainer."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -23,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .data import DataSource, packed_blocks
 from .modeling_vwn import added_parameters
+from .multi_token_prediction import IGNORED, next_token_labels
 
 
 class RecipeError(ValueError):
@@ -46,26 +51,67 @@ class AddedParameters(BaseModel):
 
     learning_rate: float | None = Field(None, ge=0, allow_inf_nan=False, description="peak; default: training's")
     weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False, description="default: training's")
+    warmup_steps: int = Field(0, ge=0, description="linear, on top of training's schedule")
+
+
+class BackboneParameters(BaseModel):
+    """How to train what the backbone brought, where it is to differ from `training`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    freeze_steps: int = Field(0, ge=0, description="steps at the start in which only what VWN added is trained")
+    warmup_steps: int = Field(0, ge=0, description="linear, after those steps, on top of training's schedule")
+
+
+class Distillation(BaseModel):
+    """Learn a teacher's next-token probabilities beside the text: the source of an upcycled model, for example.
+
+        loss = the model's loss + weight · temperature² · mean over targets of KL(teacher || model)
+
+    Both distributions are softmax(logits / temperature). The model's vocabulary must be the teacher's.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    teacher: str = Field(description="checkpoint, local folder or Hub id")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 
 class TrainingRecipe(BaseModel):
-    """What `vwn-hf train` reads. Exactly one of `model` and `config` is given."""
+    """What `vwn-hf train` reads: a `model` to train on, or a `config` with a model_type to start from scratch with."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str | None = Field(None, description="checkpoint to train on, local folder or Hub id")
-    config: dict[str, Any] | None = Field(None, description="config to start from scratch with; has a model_type")
+    config: dict[str, Any] | None = Field(
+        None, description="config to start from scratch with; beside a model, fields of its config that change"
+    )
     tokenizer: str | None = Field(None, description="tokenizer's folder or Hub id; default: that of `model`")
     data: TextData
     training: dict[str, Any] = Field(description="transformers' TrainingArguments, by their names")
     added: AddedParameters | None = Field(None, description="other settings for the parameters that VWN added")
+    backbone: BackboneParameters | None = Field(None, description="other settings for all other parameters")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the weights; auto: as the checkpoint or the config says. Connections stay float32."
+    )
+    attn_implementation: str | None = Field(None, description="transformers' name of one; default: its own choice")
+    train_only: Literal["added"] | None = Field(None, description="added: freeze all but what VWN added")
+    distillation: Distillation | None = Field(None, description="learn a teacher's probabilities, too")
 
     def check(self) -> None:
         """Raise RecipeError for what the fields' types do not show."""
-        if (self.model is None) == (self.config is None):
+        if self.model is None and self.config is None:
             raise RecipeError("Give either model, a checkpoint to train on, or config, to start from scratch.")
-        if self.config is not None and "model_type" not in self.config:
+        if self.model is None and "model_type" not in self.config:
             raise RecipeError("config has no model_type; for example olmoe or vwn_olmoe.")
+        if self.model is not None and "model_type" in (self.config or {}):
+            raise RecipeError(
+                "Give either model, a checkpoint to train on, or config with a model_type, to start from scratch. "
+                "Beside a model, config holds the fields that change, such as mtp_loss_weight."
+            )
+        if self.train_only and self.backbone:
+            raise RecipeError("backbone says how to train what train_only=added freezes; leave one of them out.")
         if self.model is None and self.tokenizer is None:
             raise RecipeError("config without tokenizer: say which tokenizer's ids the model is to learn.")
         known = [field.name for field in fields(TrainingArguments) if field.init]
@@ -143,31 +189,34 @@ class VwnTrainerMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._mtp_training, self._mtp_evaluation = LossSum(), LossSum()
+        self._parts_in_training, self._parts_in_evaluation = LossSum(), LossSum()
         self._step_of_last_log: int | None = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         losses = outputs.get("mtp_losses") if isinstance(outputs, dict) else None
         if losses is not None:
-            self._keep_mtp_losses(losses.detach().float(), model.training, num_items_in_batch)
+            parts = {f"mtp_loss_{depth}": loss for depth, loss in enumerate(losses, start=1)}
+            self.keep_loss_parts(parts, model.training, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _keep_mtp_losses(self, losses: torch.Tensor, training: bool, num_items_in_batch) -> None:
+    def keep_loss_parts(self, parts: dict[str, torch.Tensor], training: bool, num_items_in_batch) -> None:
+        """Have parts of a batch's loss logged by their names, in the same measure as the loss itself."""
         if not training:
-            return self._mtp_evaluation.add(losses)
+            return self._parts_in_evaluation.add(parts)
+        scale = 1.0
         if num_items_in_batch is None:
-            losses = losses / self.current_gradient_accumulation_steps
+            scale = 1 / self.current_gradient_accumulation_steps
         elif self.args.average_tokens_across_devices:
-            losses = losses * self.accelerator.num_processes  # they were divided by the items of all processes
+            scale = self.accelerator.num_processes  # they were divided by the items of all processes
         if self._step_of_last_log is None:
             self._step_of_last_log = self.state.global_step
-        self._mtp_training.add(losses)
+        self._parts_in_training.add(parts, scale)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs and self._mtp_training:
+        if "loss" in logs and self._parts_in_training:
             steps = self.state.global_step - self._step_of_last_log
-            logs |= self._mtp_training.take("mtp_loss", self.accelerator, divisor=steps)
+            logs |= self._parts_in_training.take(self.accelerator, divisor=steps)
             self._step_of_last_log = self.state.global_step
         super().log(logs, *args, **kwargs)
 
@@ -181,60 +230,106 @@ class VwnTrainerMixin:
         finally:
             if adds_router_loss:
                 config.output_router_logits = True
-        if self._mtp_evaluation:
-            name, batches = f"{metric_key_prefix}_mtp_loss", self._mtp_evaluation.count
-            output.metrics.update(self._mtp_evaluation.take(name, self.accelerator, divisor=batches))
+        if self._parts_in_evaluation:
+            batches = self._parts_in_evaluation.count
+            parts = self._parts_in_evaluation.take(self.accelerator, divisor=batches)
+            output.metrics.update({f"{metric_key_prefix}_{name}": loss for name, loss in parts.items()})
         return output
 
 
 class LossSum:
-    """Sum of vectors of losses [K]; true once it has one."""
+    """Sums of losses by their names; `count` is how often something was added, and 0 means nothing yet."""
 
     def __init__(self):
-        self.total: torch.Tensor | None = None
+        self.totals: dict[str, torch.Tensor] = {}
         self.count = 0
 
     def __bool__(self) -> bool:
         return self.count > 0
 
-    def add(self, losses: torch.Tensor) -> None:
-        self.total = losses if self.total is None else self.total + losses
+    def add(self, losses: dict[str, torch.Tensor], scale: float = 1.0) -> None:
+        for name, loss in losses.items():
+            self.totals[name] = self.totals.get(name, 0.0) + scale * loss.detach().float()
         self.count += 1
 
-    def take(self, name: str, accelerator, divisor: int) -> dict[str, float]:
-        """`name`_1, `name`_2, …: the sum over `divisor`, mean over processes. The sum begins anew."""
-        means = accelerator.reduce(self.total, "mean") / divisor
+    def take(self, accelerator, divisor: int) -> dict[str, float]:
+        """Each sum over `divisor`, mean over processes. The sums begin anew."""
+        means = accelerator.reduce(torch.stack([*self.totals.values()]), "mean") / divisor
+        names = [*self.totals]
         self.__init__()
-        return {f"{name}_{depth}": loss for depth, loss in enumerate(means.tolist(), start=1)}
+        return dict(zip(names, means.tolist(), strict=True))
 
 
 class VwnTrainer(VwnTrainerMixin, Trainer):
-    """transformers' Trainer for VWN models, with a learning rate and a weight decay of its own for what VWN added.
+    """transformers' Trainer for VWN models, with settings of their own for what VWN added and for the backbone.
 
     What transformers does not decay (biases and norms, by their names) is not decayed here either. The schedule
-    scales each group from its own rate; the rate in the log is the backbone's.
+    scales each group from its own rate; the rate in the log is the backbone's. The frozen backbone's optimizer goes on
+    collecting its moments, at a rate of 0, so that it is warm when the backbone is let go.
 
+    Args:
+        added: rate, decay and warm-up of the parameters that VWN added.
+        backbone: for how long all others are frozen, and their warm-up after it.
+        distillation: whose probabilities to learn beside the labels; `teacher` is that model, loaded.
     Raises:
-        RecipeError: the model has no such parameters, or the optimizer does not keep them in groups.
+        RecipeError: the model has no such parameters, the optimizer does not keep them in groups, or the schedule
+            cannot scale groups by the step.
     """
 
-    def __init__(self, *args, added: AddedParameters | None = None, **kwargs):
-        self.added = added
+    def __init__(
+        self,
+        *args,
+        added: AddedParameters | None = None,
+        backbone: BackboneParameters | None = None,
+        distillation: Distillation | None = None,
+        teacher: PreTrainedModel | None = None,
+        **kwargs,
+    ):
+        self.added, self.backbone, self.distillation = added, backbone, distillation
         super().__init__(*args, **kwargs)
+        self.teacher = teacher.to(self.args.device).eval() if distillation else None
+        self._backbone_groups: int | None = None  # the optimizer's first groups; None: not separate
 
     def create_optimizer(self, model=None):
         exists = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if self.added and not exists:
+        if (self.added or self.backbone) and not exists:
+            self._backbone_groups = len(optimizer.param_groups)
             self.separate_groups(optimizer, self.model if model is None else model)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        exists = self.lr_scheduler is not None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._backbone_groups is not None and not exists:
+            self.scale_groups(scheduler)
+        return self.lr_scheduler
+
+    def scale_groups(self, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+        """Multiply each group's schedule by what `backbone` and `added` say of it."""
+        backbone, added = self.backbone or BackboneParameters(), self.added or AddedParameters()
+        factors = [partial(ramp, start=backbone.freeze_steps, steps=backbone.warmup_steps)] * self._backbone_groups
+        factors += [partial(ramp, start=0, steps=added.warmup_steps)] * (
+            len(scheduler.optimizer.param_groups) - len(factors)
+        )
+        if all(factor(step) == 1 for factor in factors for step in (0, 1)):
+            return
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            raise RecipeError(
+                f"training.lr_scheduler_type={self.args.lr_scheduler_type.value} sets rates from the losses, which "
+                "freeze_steps and warmup_steps of added and backbone cannot scale; take cosine or constant_with_warmup."
+            )
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = rate
+        schedules = [partial(product, *pair) for pair in zip(scheduler.lr_lambdas, factors, strict=True)]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(scheduler.optimizer, schedules)
 
     def separate_groups(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
         """Move what VWN added out of the optimizer's groups, into one that is decayed and one that is not."""
         names = set(added_parameters(model))
         trained = {name: p for name, p in model.named_parameters() if name in names and p.requires_grad}
         if not trained:
-            raise RecipeError("added: the model has no trainable parameters that VWN added; leave it out.")
+            raise RecipeError("added, backbone: the model has no trainable parameters that VWN added; leave both out.")
         decayed_names, moved = set(self.get_decay_parameter_names(model)), 0
         for decayed in (True, False):
             chosen = {p for name, p in trained.items() if (name in decayed_names) == decayed}
@@ -245,18 +340,69 @@ class VwnTrainer(VwnTrainerMixin, Trainer):
                     optimizer.add_param_group({**group, "params": mine, **self.group_settings(decayed)})
                     moved += len(mine)
         if moved < len(trained):
-            raise RecipeError(f"added: training.optim={self.args.optim!s} keeps no groups; take adamw_torch.")
+            raise RecipeError(
+                f"added, backbone: training.optim={self.args.optim.value} keeps no groups; take adamw_torch."
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.distillation and model.training:
+            part = self.teacher_loss(inputs, outputs["logits"], num_items_in_batch)
+            self.keep_loss_parts({"distillation_loss": part}, True, num_items_in_batch)
+            scale = 1
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                scale = self.accelerator.num_processes // self.get_tp_size()  # as the Trainer scales the loss itself
+            loss = loss + scale * self.distillation.weight * part
+        return (loss, outputs) if return_outputs else loss
+
+    def teacher_loss(self, inputs: dict, logits: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_logits = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
+        items = num_items_in_batch
+        if items is None:
+            items = (next_token_labels(inputs["labels"]) != IGNORED).sum().clamp(min=1)
+        return distillation_loss(logits, teacher_logits, inputs["labels"], self.distillation.temperature, items)
 
     def group_settings(self, decayed: bool) -> dict[str, float]:
+        if not self.added:
+            return {}
         settings = {"lr": self.added.learning_rate, "weight_decay": self.added.weight_decay if decayed else 0.0}
         return {key: value for key, value in settings.items() if value is not None}
 
 
-def train(recipe: TrainingRecipe, resume: bool = False) -> dict:
+def ramp(step: int, start: int, steps: int) -> float:
+    """0 before step `start`, then linear to 1 over `steps`, as a warm-up."""
+    if step < start:
+        return 0.0
+    return min(1.0, (step - start) / steps) if steps else 1.0
+
+
+def product(schedule: Callable[[int], float], factor: Callable[[int], float], step: int) -> float:
+    return schedule(step) * factor(step)
+
+
+def distillation_loss(
+    logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+    items: torch.Tensor | int,
+) -> torch.Tensor:
+    """temperature² · sum over targets of KL(teacher || model) / items; logits [B, S, V], labels [B, S].
+
+    Source: Hinton, Vinyals & Dean, arXiv:1503.02531, section 2.
+    """
+    counted = next_token_labels(labels) != IGNORED
+    model, teacher = ((values[counted].float() / temperature).log_softmax(-1) for values in (logits, teacher_logits))
+    return temperature**2 * F.kl_div(model, teacher, reduction="sum", log_target=True) / items
+
+
+def train(recipe: TrainingRecipe, resume: bool = False, model: PreTrainedModel | None = None) -> dict:
     """Run a recipe and save model, tokenizer, recipe and the Trainer's state under its `training.output_dir`.
 
     Args:
         resume: go on from the last checkpoint in the output folder.
+        model: train this one, in place of the recipe's.
     Returns:
         the Trainer's metrics, those of the last evaluation among them.
     """
@@ -269,12 +415,17 @@ def train(recipe: TrainingRecipe, resume: bool = False) -> dict:
     checkpoint = get_last_checkpoint(arguments.output_dir) if resume else None
     if resume and checkpoint is None:
         raise RecipeError(f"There is no checkpoint in {arguments.output_dir} to resume from; leave --resume out.")
-    model = load_model(recipe, tokenizer, checkpoint)
+    model = load_model(recipe, tokenizer, checkpoint) if model is None else model
+    if recipe.train_only == "added":
+        freeze_backbone(model)
     keep_cache = model.config.use_cache
     blocks = packed_blocks(recipe.data.train.load(), tokenizer, recipe.data.sequence_length)
     heldout = recipe.data.evaluation
     trainer = VwnTrainer(
         added=recipe.added,
+        backbone=recipe.backbone,
+        distillation=recipe.distillation,
+        teacher=load_teacher(recipe.distillation, model) if recipe.distillation else None,
         model=model,
         args=arguments,
         train_dataset=blocks,
@@ -289,7 +440,7 @@ def train(recipe: TrainingRecipe, resume: bool = False) -> dict:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        text = yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False)
+        text = yaml.safe_dump(recipe.model_dump(exclude_unset=True, exclude_none=True), sort_keys=False)
         (Path(arguments.output_dir) / "recipe.yaml").write_text(text)
     return metrics
 
@@ -303,15 +454,55 @@ def load_model(
     experts, which are stored one by one and fused in memory, as it finds them (seen in transformers 5.23).
     """
     source = checkpoint or recipe.model
+    settings = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
     if source is not None:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        config = changed_config(source, recipe.config or {})
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=recipe.dtype, **settings)
     else:
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         config = {"vocab_size": len(tokenizer), **special, **recipe.config}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+        config = AutoConfig.for_model(config.pop("model_type"), **config)
+        if recipe.dtype != "auto":
+            settings["dtype"] = recipe.dtype
+        model = AutoModelForCausalLM.from_config(config, **settings)
     if len(tokenizer) > model.config.vocab_size:
         raise RecipeError(
             f"The tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
             "they do not belong together."
         )
     return model
+
+
+def changed_config(source: str, changes: dict[str, Any]) -> PreTrainedConfig:
+    """A checkpoint's config with some of its fields changed, checked again.
+
+    Raises:
+        RecipeError: the config has no such field.
+    """
+    config = AutoConfig.from_pretrained(source)
+    for key, value in changes.items():
+        if not hasattr(config, key):
+            raise RecipeError(unknown_key(f"config.{key}", key, list(config.to_dict())))
+        setattr(config, key, value)
+    config.validate_architecture()
+    return config
+
+
+def load_teacher(distillation: Distillation, model: PreTrainedModel) -> PreTrainedModel:
+    teacher = AutoModelForCausalLM.from_pretrained(distillation.teacher, dtype="auto").requires_grad_(False)
+    sizes = [m.get_output_embeddings().weight.shape[0] for m in (teacher, model)]
+    if sizes[0] != sizes[1]:
+        raise RecipeError(
+            f"distillation.teacher={distillation.teacher!r} predicts {sizes[0]} tokens, the model {sizes[1]}: "
+            "take a teacher with the model's tokenizer."
+        )
+    return teacher
+
+
+def freeze_backbone(model: PreTrainedModel) -> None:
+    """Leave only what VWN added to be trained. Raises RecipeError where it added nothing."""
+    names = set(added_parameters(model))
+    if not names:
+        raise RecipeError("train_only=added: this model has no parameters that VWN added; leave train_only out.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
