@@ -1,19 +1,19 @@
 """Recipes are strict; a run trains, keeps its settings, and can be continued."""
 
+import copy
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import tiny_model, tiny_vwn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from vwn_hf import added_parameters, upcycle
+from vwn_hf.adapters import merge
 from vwn_hf.data import write_standard_library_corpus
-from vwn_hf.evaluation import EvaluationRecipe
 from vwn_hf.multi_token_prediction import IGNORED
 from vwn_hf.training import (
     AddedParameters,
@@ -24,15 +24,6 @@ from vwn_hf.training import (
     read_recipe,
     train,
 )
-from vwn_hf.upcycling import UpcyclingRecipe
-
-RECIPES = Path(__file__).parent.parent / "recipes"
-SCHEMAS = {
-    "pretrain": TrainingRecipe,
-    "train": TrainingRecipe,
-    "upcycle": UpcyclingRecipe,
-    "evaluate": EvaluationRecipe,
-}
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +60,6 @@ def write(folder, content):
     return path
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*/config.yaml")), ids=lambda path: str(path.parent.name))
-def test_every_recipe_of_the_repository_is_valid(path):
-    recipe = read_recipe(path, [], SCHEMAS[path.parent.name])
-    if getattr(recipe, "config", None):
-        config = dict(recipe.config)
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
-    if isinstance(recipe, TrainingRecipe):
-        TrainingArguments(**recipe.training)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -98,6 +78,8 @@ def test_every_recipe_of_the_repository_is_valid(path):
         ({"tokenizer": None}, "config without tokenizer"),
         ({"train_only": "backbone"}, "train_only: .*got 'backbone'"),
         ({"train_only": "added", "backbone": {"freeze_steps": 2}}, "leave one of them out"),
+        ({"train_only": "added", "lora": {"rank": 4}}, "leave train_only and backbone out"),
+        ({"lora": {"rnk": 4}}, r"Unknown key lora\.rnk; did you mean rank"),
         ({"distillation": {"weight": 1}}, "distillation.teacher: "),
     ],
 )
@@ -311,7 +293,7 @@ def test_only_what_vwn_added_is_trained_if_the_recipe_says_so(corpus, tmp_path):
     added = set(added_parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "vwn")))
     assert changed <= added and {"model.norm.reduce.weight", "model.norm.group_norm.weight"} <= changed
     content |= {"model": str(tmp_path / "base")}
-    with pytest.raises(RecipeError, match="no parameters that VWN added"):
+    with pytest.raises(RecipeError, match="train_only=added: VWN added nothing"):
         train(TrainingRecipe(**content, train_only="added"))
 
 
@@ -361,3 +343,20 @@ def test_fields_of_a_checkpoints_config_can_be_changed(corpus, tmp_path):
     content["config"] = {"mtp_loss_weight": -1.0}
     with pytest.raises(ValueError, match="mtp_loss_weight=-1"):
         train(TrainingRecipe(**content))
+
+
+def test_lora_beside_what_vwn_added_by_a_recipe_resumes_and_merges(corpus, tmp_path):
+    content = upcycled_source(corpus, tmp_path, save_strategy="steps", save_steps=6, logging_steps=1)
+    recipes = []
+    for name in ("whole", "parts"):
+        content["training"] = {**content["training"], "output_dir": str(tmp_path / name)}
+        recipes.append(TrainingRecipe(**copy.deepcopy(content), lora={"rank": 2}))
+    whole, _ = (train(recipe) for recipe in recipes)
+    assert (tmp_path / "whole" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "whole" / "model.safetensors").exists()
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-12")
+    assert train(recipes[1], resume=True)["eval_loss"] == whole["eval_loss"]
+    merge(tmp_path / "whole", tmp_path / "merged")
+    still = {**content["training"], "max_steps": 1, "learning_rate": 0.0, "output_dir": str(tmp_path / "again")}
+    again = train(TrainingRecipe(**{**content, "model": str(tmp_path / "merged"), "training": still}))
+    assert again["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)

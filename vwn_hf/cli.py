@@ -143,20 +143,77 @@ def apply_delta(
     typer.echo(f"{output}: {held}; all others are those it was taken from, by their sha256.")
 
 
+@app.command("merge-adapter")
+def merge_adapter(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of an adapter, as peft saves it.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The checkpoint it was trained on; default: the one that it names."),
+    ] = None,
+    restart: Annotated[bool, typer.Option(help="Throw away what an earlier run left unfinished.")] = False,
+) -> None:
+    """Put an adapter into the checkpoint it was trained on: a checkpoint that needs no peft."""
+    from .adapters import merge
+
+    with clear_errors():
+        parameters = merge(adapter, output, base=base, restart=restart)
+    typer.echo(f"{output}: {parameters:,} parameters, with the adapter in them.")
+
+
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value …")] = None,  # noqa: UP045
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check the recipe and estimate what it takes; train nothing.")] = False,
+    model_config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="For the estimate: config.json, folder or Hub id, in place of the recipe's model."),
+    ] = None,
+    widening: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Likewise: upcycling recipe to widen it by, or a quoted pattern of several."),
+    ] = None,
+    devices: Annotated[int, typer.Option(help="Likewise: how many, each with its own part of a batch.")] = 8,
+    shards: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Likewise: devices that states are split over; default: all, as in FSDP2; 1 for DDP."),
+    ] = None,
+    device_memory: Annotated[float, typer.Option(help="Likewise: of each, GB.")] = 80,
+    peak_tflops: Annotated[float, typer.Option(help="Likewise; an H100 SXM in bfloat16 has 989.")] = 989,
+    bandwidth: Annotated[float, typer.Option(help="Likewise: of a device's memory, GB/s; an H100 SXM's 3350.")] = 3350,
+    utilization: Annotated[float, typer.Option(help="Likewise: share of the peak that is reached.")] = 0.35,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The estimate's table as in a README.")] = False,
 ) -> None:
     """Train a model by a recipe, for example `vwn-hf train recipes/tiny/train/config.yaml training.max_steps=20`."""
     from .training import TrainingRecipe, read_recipe
     from .training import train as run
 
+    if not dry_run and (model_config or widening or markdown):
+        raise typer.BadParameter("--model-config, --widening and --markdown belong to an estimate; add --dry-run.")
+    if dry_run:
+        settings = {"number": devices, "shards": shards, "memory": device_memory, "peak_tflops": peak_tflops}
+        settings |= {"bandwidth": bandwidth, "utilization": utilization}
+        with clear_errors():
+            content = read_recipe(recipe, overrides or [], TrainingRecipe)
+            return show_estimates(content, settings, model_config, widening, markdown)
     with clear_errors():
         metrics = run(read_recipe(recipe, overrides or [], TrainingRecipe), resume=resume)
     for name, value in metrics.items():
         typer.echo(f"{name}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def show_estimates(recipe, settings: dict, model_config: str | None, widening: str | None, markdown: bool) -> None:
+    from rich.console import Console
+
+    from .estimation import Devices, dry_run, estimates_markdown, estimates_table
+
+    estimates = dry_run(recipe, Devices(**settings), model_config, widening)
+    if markdown:
+        typer.echo(estimates_markdown(estimates), nl=False)
+    else:
+        Console().print(estimates_table(estimates))
 
 
 @app.command()
@@ -182,6 +239,39 @@ def evaluate(
     from rich.console import Console
 
     Console().print(results_table(results))
+
+
+@app.command()
+def compare(
+    runs: Annotated[Optional[list[Path]], typer.Argument(help="Output folders of training runs.")] = None,  # noqa: UP045
+    group: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help='Seeds of one kind of run: NAME=run1,run2 or "NAME=pattern*"; repeat for more.'),
+    ] = None,
+    baseline: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Run or group that the others are held against; default: the first."),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Of the log: eval_loss, loss, eval_mtp_loss_1, …")] = "eval_loss",
+    smooth: Annotated[int, typer.Option(help="Logged points to take a moving mean over.")] = 1,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for comparison.md, .json and .png.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Hold training runs against a baseline: losses, and token, wall-clock and FLOP efficiency, from their logs."""
+    from rich.console import Console
+
+    from .comparison import compare as run
+    from .comparison import parse_groups
+
+    with clear_errors():
+        result = run(runs or [], parse_groups(group or []), baseline, metric, smooth)
+        if out is not None:
+            result.write(out)
+    if as_json:
+        return typer.echo(result.as_json())
+    Console().print(result.table())
+    for note in result.notes:
+        typer.echo(f"Note: {note}.")
 
 
 @app.command()
@@ -238,7 +328,7 @@ def corpus(
     megabytes: Annotated[float, typer.Option(help="Of text to take.")] = 8.0,
     items: Annotated[int, typer.Option(help="Of the evaluation task.")] = 200,
 ) -> None:
-    """Make a small corpus, tokenizer and lm-eval task from the source of Python's standard library."""
+    """Make a small corpus, tokenizer, instruction set and lm-eval task from Python's standard library."""
     from .demo import make_corpus
 
     for name, count in make_corpus(folder, vocab_size, megabytes, items).items():
@@ -289,7 +379,7 @@ class clear_errors:
             raise typer.Exit(1) from error
         if isinstance(error, KeyboardInterrupt) and error.args:
             typer.echo(error.args[0], err=True)
-            raise typer.Exit(130) from error
+            raise typer.Exit(getattr(error, "exit_status", 130)) from error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from .data import write_standard_library_corpus
+from .comparison import COLORS, loss_curve, new_figure, training_runtime
+from .data import write_instruction_set, write_standard_library_corpus
 from .evaluation import EvaluationRecipe, evaluate, write_continuation_task
 from .training import TrainingRecipe, read_recipe, train
 from .upcycling import UpcyclingRecipe, UpcyclingReport, upcycle
@@ -23,12 +24,11 @@ console = Console()
 PROMPT = "import os\n\n\ndef read_lines(path):\n"
 TASK = "stdlib_continuation"
 FINISHED = {"OLMoE": "base-continued", "VWN": "vwn-continued"}
-COLORS = {"OLMoE": "#D55E00", "VWN": "#0072B2"}  # apart for colour-blind eyes too
 
 
 def make_corpus(folder: Path, vocab_size: int, megabytes: float, items: int) -> dict[str, int]:
-    """The standard library's source as train and held-out text, a tokenizer, and a task from the held-out text."""
-    counts = write_standard_library_corpus(folder, vocab_size, megabytes)
+    """The standard library's source as train and held-out text, a tokenizer, instructions, a task of held-out text."""
+    counts = write_standard_library_corpus(folder, vocab_size, megabytes) | write_instruction_set(folder)
     texts = [json.loads(line)["text"] for line in (folder / "heldout.jsonl").read_text().splitlines()]
     write_continuation_task(texts, folder / "tasks", TASK, items)
     return counts | {"task_items": items}
@@ -114,44 +114,29 @@ def generate(checkpoint: Path) -> str:
     return tokenizer.decode(tokens[0])
 
 
-def loss_curve(checkpoint: Path) -> tuple[list[int], list[float]]:
-    """Steps and held-out losses from the Trainer's log."""
-    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    points = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    return list(points), list(points.values())
-
-
 def plot_losses(output: Path, path: Path) -> None:
     """Held-out loss of the pretraining and of both continuations, over the training step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (whole, detail) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (whole, detail) = new_figure(columns=2, panels=2)
     steps, losses = loss_curve(output / "base")
     whole.plot(steps, losses, color="#555555", marker=".", label="OLMoE, pretraining")
-    for label, folder in FINISHED.items():
+    for (label, folder), color in zip(FINISHED.items(), COLORS, strict=False):
         more, values = loss_curve(output / folder)
         shifted = [steps[-1] + step for step in more]
         for axes in (whole, detail):
-            axes.plot(shifted, values, color=COLORS[label], marker=".", label=f"{label}, trained on")
+            axes.plot(shifted, values, color=color, marker=".", label=f"{label}, trained on")
     whole.axvline(steps[-1], color="#999999", linestyle=":", linewidth=1)
     whole.set_title("Pretraining, then both models trained on")
     detail.set_title("The continuation, enlarged")
     for axes in (whole, detail):
         axes.set(xlabel="training step", ylabel="held-out loss (nats per token)")
         axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def result_rows(output: Path, scores: dict) -> list[list[str]]:
     rows = []
     for label, folder in FINISHED.items():
-        state = json.loads((output / folder / "trainer_state.json").read_text())["log_history"]
-        runtime = next(entry["train_runtime"] for entry in state if "train_runtime" in entry)
+        runtime = training_runtime(output / folder)
         task = scores[str(output / folder)][TASK]
         _, losses = loss_curve(output / folder)
         parameters = AutoModelForCausalLM.from_pretrained(output / folder).num_parameters()

@@ -39,6 +39,8 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.distributed.utils import is_dtensor
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils import can_return_tuple
@@ -58,6 +60,7 @@ from .multi_token_prediction import (
     shift_left,
 )
 from .over_width import GroupNorm, OverWidthLinear, ProjectedEmbedding, ScaledCopiesEmbedding
+from .peft_tables import register_with_peft
 
 MTP_NOT_TRAINED = (
     "This step does not train the multi-token prediction modules: their loss is computed where the causal language "
@@ -207,6 +210,52 @@ class BackboneRenaming(WeightRenaming):
         return (source_key, None) if "_connection." in source_key else super().rename_source_key(source_key)
 
 
+class TableRows(TensorParallelLayer):
+    """Tensor parallelism of a narrow table: each rank looks up its part of the vocabulary; `WholeInput` sums the rows.
+
+    A table of the full width D' needs no more than transformers' own style for embeddings, which sums the output.
+    """
+
+    def shard_param(self, module: nn.Module, name: str, mesh) -> None:
+        ALL_PARALLEL_STYLES["embedding_rowwise"].shard_param(module, name, mesh)
+
+    def transform_inputs_pre_forward(self, module: nn.Module, inputs: tuple, arguments: dict, mesh):
+        return ALL_PARALLEL_STYLES["embedding_rowwise"].transform_inputs_pre_forward(module, inputs, arguments, mesh)
+
+
+class WholeInput(TensorParallelLayer):
+    """Tensor parallelism of what widens the rows of a table: the sum over ranks goes in, and every rank widens it."""
+
+    def transform_inputs_pre_forward(self, module: nn.Module, inputs: tuple, arguments: dict, mesh):
+        (rows,) = inputs
+        if is_dtensor(rows):  # and not the user's own `inputs_embeds`
+            rows = ALL_PARALLEL_STYLES["embedding_rowwise"].transform_output_post_forward(module, rows, mesh)
+        return (rows,), arguments
+
+
+TABLE_ROWS, WHOLE_INPUT = "vwn_table_rows", "vwn_whole_input"
+ALL_PARALLEL_STYLES.register(TABLE_ROWS, TableRows())
+ALL_PARALLEL_STYLES.register(WHOLE_INPUT, WholeInput())
+LAYER, MTP_LAYER = "model.layers.*", "mtp.*.layer"
+
+
+def keep_connections_float32(model: nn.Module) -> None:
+    """Have FSDP2 gather connections' parameters as they are, also where mixed precision casts all others to bfloat16.
+
+    Rounded to bfloat16, an entry of 1 would not move until its change is 0.004. Call it before the first forward.
+    torch has no public way to change a module's policy after `fully_shard`, which Accelerate and transformers call.
+    """
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)  # that none writes into
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy  # not in every build of torch
+
+    for module in model.modules():
+        if isinstance(module, GeneralizedHyperConnection) and isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            state._mp_policy = MixedPrecisionPolicy()
+            for group in state._fsdp_param_groups:
+                group.mp_policy = MixedPrecisionPolicy()
+
+
 class VwnPreTrainedMixin:
     """What every VWN model class shares."""
 
@@ -229,6 +278,17 @@ class VwnPreTrainedMixin:
             if type(transform) is WeightRenaming:
                 transform.__class__ = BackboneRenaming
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    def _resolve_parallel_plans(self, distributed_config) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+        # transformers gives each module with float32 parameters a group of its own: one per connection is enough
+        tp_plan, ep_plan, fsdp_plan = super()._resolve_parallel_plans(distributed_config)
+        return tp_plan, ep_plan, {name: style for name, style in fsdp_plan.items() if "_connection." not in name}
+
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, *args, **kwargs) -> nn.Module:
+        model = super().maybe_distribute_model(model, *args, **kwargs)
+        keep_connections_float32(model)
+        return model
 
     # transformers answers these two by searching the source text of the class's own module: ask it of the family's.
     @classmethod
@@ -267,6 +327,16 @@ class VwnModelMixin(VwnPreTrainedMixin):
             )
         self.last_norm.__class__ = classes.norms[kind]
         self.last_norm.add_reduce(config)
+
+    def init_parallel_plans(self) -> None:
+        """The family's plans; what widens a narrow table runs whole on every rank, and so do connections and reduce."""
+        super().init_parallel_plans()
+        norm = self._fsdp_plan.pop("norm", None)
+        self._fsdp_plan |= {self.backbone.last_norm: norm} if norm else {}
+        self._fsdp_plan |= {f"layers.*.{name}": "free_full_weight" for name in self.backbone.connections}
+        widening = [f"embed_tokens.{name}" for name, _ in self.embed_tokens.named_children()]
+        if self._tp_plan and widening:
+            self._tp_plan |= {"embed_tokens": TABLE_ROWS, **dict.fromkeys(widening, WHOLE_INPUT)}
 
     @property
     def last_norm(self) -> nn.Module:
@@ -351,7 +421,14 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
                 head.to_empty(device=probe.device)  # and `post_init` initializes it
         if config.num_mtp_layers:
             self.mtp = nn.ModuleList(self.new_mtp_module(config) for _ in range(config.num_mtp_layers))
+        self._no_split_modules = type(self)._no_split_modules  # the family's `post_init` added its own layer's name
         self.post_init()
+
+    def init_parallel_plans(self) -> None:
+        """The base model's plans; layers of MTP modules are sharded as the stack's."""
+        super().init_parallel_plans()
+        for plan in (self._tp_plan, self._ep_plan, self._fsdp_plan) if hasattr(self, "mtp") else ():
+            plan |= {MTP_LAYER + name.removeprefix(LAYER): style for name, style in plan.items() if LAYER in name}
 
     @property
     def mtp_source_layer(self) -> int:
@@ -562,7 +639,8 @@ def build_family(backbone: Backbone) -> SimpleNamespace:
     shared = {
         "backbone": backbone,
         "config_class": config,
-        "_no_split_modules": [layer.__name__],
+        # a group of its own under FSDP2 for each connection, whose parameters keep their dtype
+        "_no_split_modules": [layer.__name__, GeneralizedHyperConnection.__name__],
         "_keep_in_fp32_modules_strict": {
             *(family("PreTrainedModel")._keep_in_fp32_modules_strict or ()),
             *backbone.connections,
@@ -612,7 +690,7 @@ def added_parameters(model: nn.Module) -> list[str]:
 
 
 def register_classes(backbone: Backbone, classes: SimpleNamespace) -> None:
-    """Make a family's classes known to the Auto classes and to the checkpoint converter."""
+    """Make a family's classes known to the Auto classes, to the checkpoint converter and to peft."""
     AutoConfig.register(backbone.vwn_model_type, classes.Config, exist_ok=True)
     AutoModel.register(classes.Config, classes.Model, exist_ok=True)
     AutoModelForCausalLM.register(classes.Config, classes.ForCausalLM, exist_ok=True)
@@ -622,3 +700,4 @@ def register_classes(backbone: Backbone, classes: SimpleNamespace) -> None:
     conversion = get_checkpoint_conversion_mapping(backbone.model_type)
     if conversion is not None:
         register_checkpoint_conversion_mapping(backbone.vwn_model_type, conversion, overwrite=True)
+    register_with_peft(backbone.model_type, backbone.vwn_model_type)

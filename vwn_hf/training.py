@@ -1,6 +1,7 @@
 """A recipe in, a trained checkpoint out: strict YAML → datasets → packed blocks → transformers' Trainer."""
 
 import difflib
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -23,25 +24,27 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import DataSource, packed_blocks
+from .adapters import LoraSettings, add_adapter, freeze_backbone
+from .data import TrainingData
 from .modeling_vwn import added_parameters
+from .monitoring import (
+    ConnectionHealth,
+    MonitoredTrainerMixin,
+    StopOnSignal,
+    connections,
+    finished_state,
+    last_complete_checkpoint,
+)
 from .multi_token_prediction import IGNORED, next_token_labels
+from .packing import ResumableStream
+from .sharding import ShardedTrainerMixin, built_whole, check_processes, shard
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; says which key, why, and what would do."""
-
-
-class TextData(BaseModel):
-    """The data of a recipe."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    train: DataSource
-    evaluation: DataSource | None = None
-    sequence_length: int = Field(512, gt=1)
 
 
 class AddedParameters(BaseModel):
@@ -88,8 +91,11 @@ class TrainingRecipe(BaseModel):
         None, description="config to start from scratch with; beside a model, fields of its config that change"
     )
     tokenizer: str | None = Field(None, description="tokenizer's folder or Hub id; default: that of `model`")
-    data: TextData
+    data: TrainingData
     training: dict[str, Any] = Field(description="transformers' TrainingArguments, by their names")
+    distributed: dict[str, Any] | None = Field(
+        None, description="how processes share the model: transformers' DistributedConfig, by its names"
+    )
     added: AddedParameters | None = Field(None, description="other settings for the parameters that VWN added")
     backbone: BackboneParameters | None = Field(None, description="other settings for all other parameters")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -97,6 +103,7 @@ class TrainingRecipe(BaseModel):
     )
     attn_implementation: str | None = Field(None, description="transformers' name of one; default: its own choice")
     train_only: Literal["added"] | None = Field(None, description="added: freeze all but what VWN added")
+    lora: LoraSettings | None = Field(None, description="low-rank adapters in place of the backbone's parameters")
     distillation: Distillation | None = Field(None, description="learn a teacher's probabilities, too")
 
     def check(self) -> None:
@@ -110,6 +117,11 @@ class TrainingRecipe(BaseModel):
                 "Give either model, a checkpoint to train on, or config with a model_type, to start from scratch. "
                 "Beside a model, config holds the fields that change, such as mtp_loss_weight."
             )
+        if self.lora and (self.train_only or self.backbone):
+            raise RecipeError(
+                "lora freezes the backbone, with train_added it trains in full what VWN added: "
+                "leave train_only and backbone out."
+            )
         if self.train_only and self.backbone:
             raise RecipeError("backbone says how to train what train_only=added freezes; leave one of them out.")
         if self.model is None and self.tokenizer is None:
@@ -118,8 +130,16 @@ class TrainingRecipe(BaseModel):
         for key in self.training:
             if key not in known:
                 raise RecipeError(unknown_key(f"training.{key}", key, known))
+        known = [field.name for field in fields(DistributedConfig)]
+        for key in self.distributed or {}:
+            if key not in known:
+                raise RecipeError(unknown_key(f"distributed.{key}", key, known))
         if "output_dir" not in self.training:
             raise RecipeError("training.output_dir is missing: where the checkpoint is to go.")
+        if self.data.streaming and self.training.get("max_steps", -1) <= 0:
+            raise RecipeError("training.max_steps is missing: streamed data has no end.")
+        if self.data.streaming and self.training.get("dataloader_num_workers", 0) > 1:
+            raise RecipeError("training.dataloader_num_workers: a stream is read by one process; take 0 or 1.")
 
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -168,29 +188,61 @@ def apply_override(content: dict, override: str) -> None:
 
 def describe(problem: dict, schema: type[BaseModel]) -> str:
     """One line for one of pydantic's errors."""
-    location = [str(part) for part in problem["loc"]]
+    location = [str(part) for part in problem["loc"] if not str(part).startswith("(")]  # no tags of unions
     path = ".".join(location)
+    if problem["type"] == "value_error":
+        return f"{path}: {problem['ctx']['error']}."
     if problem["type"] != "extra_forbidden":
         return f"{path}: {problem['msg']} (got {problem['input']!r})."
     for part in location[:-1]:
-        annotation = schema.model_fields[part].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        schema = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+        if part in schema.model_fields:  # not a number in a list, nor a name in a mapping
+            schema = model_within(schema.model_fields[part].annotation)
     return unknown_key(path, location[-1], list(schema.model_fields))
 
 
-class VwnTrainerMixin:
+def model_within(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(model_within, getattr(annotation, "__args__", ()))), None)
+
+
+class VwnTrainerMixin(ShardedTrainerMixin, MonitoredTrainerMixin):
     """Put before a Trainer class of transformers or trl: trains the MTP modules and reports next-token losses.
 
     - Training takes the model's own loss, MTP included, also where the Trainer class would compute one outside of the
       model (trl's SFTTrainer), and logs the MTP losses beside it: `mtp_loss_1` is the next-2-token loss, and so on.
     - Evaluation gives the next-token loss alone, without the router's auxiliary loss, and `eval_mtp_loss_1`, ….
+    - Log entries have the seconds since training began, over all sessions of a run: `elapsed_seconds`.
+    - A loss or gradient that is not finite stops the run: `MonitoredTrainerMixin`.
+    - A model that several processes share is saved whole and resumes: `ShardedTrainerMixin`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._parts_in_training, self._parts_in_evaluation = LossSum(), LossSum()
         self._step_of_last_log: int | None = None
+        self._resumed_from: str | None = None
+        self._session_begin, self._seconds_before = None, None
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        self._resumed_from = resume_from_checkpoint or None
+        self._session_begin, self._seconds_before = time.monotonic(), None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self):
+        if isinstance(self.train_dataset, ResumableStream):
+            folder = None if self.args.ignore_data_skip else self._resumed_from
+            self.train_dataset.go_on_from(folder, self.get_total_train_batch_size(self.args))
+        return super().get_train_dataloader()
+
+    def _save_checkpoint(self, model, trial):
+        if isinstance(self.train_dataset, ResumableStream) and self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)  # first of all: the Trainer's state comes last
+            self.train_dataset.save(folder, self.state.global_step, self.get_total_train_batch_size(self.args))
+        super()._save_checkpoint(model, trial)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
@@ -218,7 +270,16 @@ class VwnTrainerMixin:
             steps = self.state.global_step - self._step_of_last_log
             logs |= self._parts_in_training.take(self.accelerator, divisor=steps)
             self._step_of_last_log = self.state.global_step
+        if self._session_begin is not None:
+            logs["elapsed_seconds"] = self.elapsed_seconds()
         super().log(logs, *args, **kwargs)
+
+    def elapsed_seconds(self) -> float:
+        """Since training began, evaluation and saving included; those of earlier sessions by the log that goes on."""
+        if self._seconds_before is None:
+            earlier = [entry["elapsed_seconds"] for entry in self.state.log_history if "elapsed_seconds" in entry]
+            self._seconds_before = earlier[-1] if earlier else 0.0
+        return round(self._seconds_before + time.monotonic() - self._session_begin, 3)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         config = self.accelerator.unwrap_model(self.model).config
@@ -407,20 +468,35 @@ def train(recipe: TrainingRecipe, resume: bool = False, model: PreTrainedModel |
         the Trainer's metrics, those of the last evaluation among them.
     """
     recipe.check()
-    defaults = {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
+    has_device = torch.accelerator.is_available()
+    defaults = {
+        "report_to": "none", "dataloader_pin_memory": has_device, "use_cpu": not has_device,
+        "include_num_input_tokens_seen": "all",
+    }  # fmt: skip
     arguments = TrainingArguments(**{**defaults, **recipe.training})
+    try:
+        check_processes(arguments, DistributedConfig(**recipe.distributed) if recipe.distributed else None)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
     Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
-    checkpoint = get_last_checkpoint(arguments.output_dir) if resume else None
+    checkpoint = last_complete_checkpoint(arguments.output_dir) if resume else None
     if resume and checkpoint is None:
         raise RecipeError(f"There is no checkpoint in {arguments.output_dir} to resume from; leave --resume out.")
-    model = load_model(recipe, tokenizer, checkpoint) if model is None else model
+    with arguments.main_process_first(desc="tokenizing"):  # the others find it done, in datasets' cache
+        blocks = recipe.data.train_blocks(tokenizer)
+        heldout = recipe.data.evaluation_blocks(tokenizer)
+    model = load_model(recipe, tokenizer, None if recipe.lora else checkpoint) if model is None else model
+    if recipe.lora:
+        model = add_adapter(model, recipe.lora)  # the Trainer loads a checkpoint's adapter
     if recipe.train_only == "added":
-        freeze_backbone(model)
+        try:
+            freeze_backbone(model)
+        except ValueError as error:
+            raise RecipeError(f"train_only=added: {error}") from None
     keep_cache = model.config.use_cache
-    blocks = packed_blocks(recipe.data.train.load(), tokenizer, recipe.data.sequence_length)
-    heldout = recipe.data.evaluation
+    stop = StopOnSignal()
     trainer = VwnTrainer(
         added=recipe.added,
         backbone=recipe.backbone,
@@ -429,22 +505,33 @@ def train(recipe: TrainingRecipe, resume: bool = False, model: PreTrainedModel |
         model=model,
         args=arguments,
         train_dataset=blocks,
-        eval_dataset=packed_blocks(heldout.load(), tokenizer, recipe.data.sequence_length) if heldout else None,
+        eval_dataset=heldout,
         processing_class=tokenizer,
         data_collator=default_data_collator,
+        callbacks=[stop, *([ConnectionHealth()] if connections(model) else [])],
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if heldout:
+    if trainer.is_world_process_zero():
+        save_recipe(recipe, Path(arguments.output_dir))
+    finished = finished_state(checkpoint, arguments.max_steps)
+    if finished:
+        trainer.state, metrics = finished, {}
+    else:
+        with stop:
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if heldout is not None:
         metrics |= trainer.evaluate()
     model.config.use_cache = keep_cache  # the Trainer switches it off
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        text = yaml.safe_dump(recipe.model_dump(exclude_unset=True, exclude_none=True), sort_keys=False)
-        (Path(arguments.output_dir) / "recipe.yaml").write_text(text)
     return metrics
 
 
+def save_recipe(recipe: TrainingRecipe, folder: Path) -> None:
+    text = yaml.safe_dump(recipe.model_dump(exclude_unset=True, exclude_none=True), sort_keys=False)
+    (folder / "recipe.yaml").write_text(text)
+
+
+@built_whole()
 def load_model(
     recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None = None
 ) -> PreTrainedModel:
@@ -453,11 +540,14 @@ def load_model(
     A run's own `checkpoint` takes its place: the Trainer, resuming, matches tensors by name alone and so leaves
     experts, which are stored one by one and fused in memory, as it finds them (seen in transformers 5.23).
     """
-    source = checkpoint or recipe.model
+    in_shards = checkpoint is not None and not Path(checkpoint, "config.json").is_file()  # the Trainer loads them
+    source = recipe.model if in_shards else checkpoint or recipe.model
+    distributed = DistributedConfig(**recipe.distributed) if recipe.distributed else None
     settings = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
     if source is not None:
         config = changed_config(source, recipe.config or {})
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=recipe.dtype, **settings)
+        settings |= {"config": config, "dtype": recipe.dtype, "distributed_config": distributed}
+        model = AutoModelForCausalLM.from_pretrained(source, **settings)
     else:
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         config = {"vocab_size": len(tokenizer), **special, **recipe.config}
@@ -465,6 +555,7 @@ def load_model(
         if recipe.dtype != "auto":
             settings["dtype"] = recipe.dtype
         model = AutoModelForCausalLM.from_config(config, **settings)
+        model = shard(model, distributed) if distributed else model
     if len(tokenizer) > model.config.vocab_size:
         raise RecipeError(
             f"The tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: "
@@ -497,12 +588,3 @@ def load_teacher(distillation: Distillation, model: PreTrainedModel) -> PreTrain
             "take a teacher with the model's tokenizer."
         )
     return teacher
-
-
-def freeze_backbone(model: PreTrainedModel) -> None:
-    """Leave only what VWN added to be trained. Raises RecipeError where it added nothing."""
-    names = set(added_parameters(model))
-    if not names:
-        raise RecipeError("train_only=added: this model has no parameters that VWN added; leave train_only out.")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)

@@ -25,7 +25,7 @@ def train_model(out: Path) -> Path:
     if not (out / "corpus" / "tokenizer").exists():
         write_standard_library_corpus(out / "corpus", vocab_size=1024, megabytes=20.0)
     folder = out / "model"
-    if not (folder / "recipe.yaml").exists():  # the last file that `train` writes
+    if not (folder / "trainer_state.json").exists():  # the last file that `train` writes
         recipe = Path(__file__).parent / "pretrain" / "config.yaml"
         overrides = [
             f"tokenizer={out}/corpus/tokenizer",

@@ -68,7 +68,7 @@ def run_recipe(stage: str, out: Path, folder: Path, seed: int, *overrides: str) 
 def pretrain(out: Path, base: str, seed: int) -> Path:
     """The checkpoint to train on: annealed by its pretraining, or then trained further at a constant rate."""
     folder = out / f"seed-{seed}" / base
-    if (folder / "recipe.yaml").exists():  # the last file that `train` writes
+    if (folder / "trainer_state.json").exists():  # the last file that `train` writes
         return folder
     if base == "annealed":
         run_recipe("pretrain", out, folder, seed, f"tokenizer={out}/corpus/tokenizer")

@@ -1,0 +1,687 @@
+"""Watch a run: the connections' health in its log, early warnings, a stop before weights go bad, a stop by signal.
+
+`ConnectionHealth`, a callback, adds these to the log entries of the training loss, whichever tracker is on. They are of
+the model before the step's update and of the first micro-batch of process 0; an average over connections leaves those
+in modules of multi-token prediction out, a maximum does not.
+
+    vwn/carry_gain       spectral norm of the product of all carries of the stack, mean over 16 tokens
+    vwn/carry_gain_max   the largest one of any product of carries from the first connection on, over those tokens
+    vwn/read_share_max   a slot's share of the weight of read, sum_j |read[i, j]|, mean over connections, the largest
+    vwn/write_share_max  the same of write
+    vwn/slot_cosine      mean |cosine| of two slots of the state, at the stack's last connection
+    vwn/static_distance  |static − initial| / |initial|, Frobenius norms, mean over matrices and connections
+    vwn/dynamic_size     mean |map(H) − map(0)| over entries and tokens; but for a constrained carry |scale ∘ tanh(…)|
+    vwn/grad_share       norm of the connections' gradients as a share of the norm of all gradients
+
+With `per_layer`, `vwn/layers.3.attention/…` and so on as well, per connection: `carry_gain`, `carry_gain_max`,
+`slot_cosine`, and `read_share_0`, `read_share_1`, …, `write_share_0`, …, `{read,carry,write}_distance`, `…_dynamic`.
+
+`MonitoredTrainerMixin` stops a run whose loss or gradients are not finite; `StopOnSignal` saves a checkpoint when a
+run is told to end. Letters: m segments, n slots, k targets of a slot map, T tokens.
+Source: arXiv:2511.11238, section 3.3.
+"""
+
+import hashlib
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import reduce, send_to_device
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+
+from .hyper_connections import GeneralizedHyperConnection, SlotMap, without_autocast
+from .multi_token_prediction import MultiTokenPredictor
+
+MAPS = ("read", "carry", "write")
+GAIN_TOKENS = 16  # whose products of carries are followed; a spectral norm of each takes a decomposition
+
+
+class ConnectionWarning(UserWarning):
+    """The connections are on a way that ends in a loss of the width, or of the run."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is infinite or not a number; raised before the optimizer takes the step."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run ended by a signal, after a checkpoint was saved. `exit_status` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_status = 128 + signal_number
+
+
+# ---- What the connections do on a batch
+
+
+def connections(model: nn.Module) -> dict[str, GeneralizedHyperConnection]:
+    """A model's connections by their names, in the order in which the state passes them."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GeneralizedHyperConnection)}
+
+
+def chains(model: nn.Module) -> dict[str, int]:
+    """Which run of connections each belongs to: 0, the stack; k, the k-th module of multi-token prediction."""
+    numbers, predictors = dict.fromkeys(connections(model), 0), 0
+    for prefix, module in model.named_modules():
+        if isinstance(module, MultiTokenPredictor):
+            predictors += 1
+            numbers |= {f"{prefix}.{name}": predictors for name in connections(module)}
+    return numbers
+
+
+def label(name: str) -> str:
+    """A connection's short name: "model.layers.3.attention_connection" -> "layers.3.attention"."""
+    return name.rpartition("model.")[2].removesuffix("_connection")
+
+
+@dataclass
+class ConnectionRecord:
+    """What one connection did on a batch.
+
+    Attributes:
+        chain: as `chains` counts.
+        means: read [n, m], carry [n, n] and write [n, m], averaged over the tokens.
+        shares: of each slot in the weight of read and of write, sum_j |matrix[i, j]|, [n], averaged over the tokens.
+        distances: |static − initial| / |initial| of each map, Frobenius norms; |static − initial| if initial is 0.
+        dynamic: mean |map(H) − map(0)| of each map.
+        slot_cosine: mean |cosine| of two slots of the state that it was given; NaN of a single slot.
+        product: of the carries of its chain up to this one, [T, n, n]; state = productᵀ · state at the chain's start.
+    """
+
+    chain: int
+    means: dict[str, Tensor] = field(default_factory=dict)
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    distances: dict[str, Tensor] = field(default_factory=dict)
+    dynamic: dict[str, Tensor] = field(default_factory=dict)
+    slot_cosine: Tensor | None = None
+    product: Tensor | None = None
+
+
+class ConnectionRecorder:
+    """While it is entered, records the first call of each connection in the model's forward passes, by hooks.
+
+    So recomputation under activation checkpointing and further micro-batches cost nothing more.
+
+    Args:
+        tokens: how many to look at, spread evenly over those that the attention mask [B, S] keeps; None: all of them.
+    Attributes:
+        records: by the connections' names, in their order.
+    """
+
+    def __init__(self, model: nn.Module, tokens: int | None = None):
+        self.model, self.tokens = model, tokens
+        self.records: dict[str, ConnectionRecord] = {}
+        self.handles, self.chains = [], chains(model)
+        self.mask: Tensor | None = None
+        self.current: ConnectionRecord | None = None
+        self.last: ConnectionRecord | None = None
+
+    def __enter__(self):
+        self.handles = [self.model.register_forward_pre_hook(self.keep_mask, with_kwargs=True)]
+        for name, connection in connections(self.model).items():
+            self.handles.append(connection.register_forward_pre_hook(partial(self.begin, name)))
+            maps = {kind: getattr(connection, kind) for kind in MAPS}
+            self.handles += [m.register_forward_hook(partial(self.keep, kind)) for kind, m in maps.items() if m]
+            self.handles.append(connection.register_forward_hook(self.end))
+        return self
+
+    def __exit__(self, *error) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def keep_mask(self, model: nn.Module, arguments: tuple, named: dict) -> None:
+        self.mask = named.get("attention_mask")
+
+    def choose(self, values: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...], those of the tokens that are looked at."""
+        flat, mask = values.detach().flatten(0, 1), self.mask
+        if mask is not None and mask.shape == values.shape[:2]:
+            flat = flat[mask.flatten().bool()]
+        return spread(flat, self.tokens)
+
+    @torch.no_grad()
+    def begin(self, name: str, connection: GeneralizedHyperConnection, arguments: tuple) -> None:
+        self.current = None
+        if name not in self.records:
+            self.current = self.records[name] = ConnectionRecord(self.chains[name])
+            with without_autocast(arguments[0].device.type):
+                slots = self.choose(arguments[0]).float().unflatten(-1, (connection.slots, -1))
+                self.current.slot_cosine = mean_cosine(slots)
+
+    @torch.no_grad()
+    def keep(self, kind: str, slot_map: SlotMap, arguments: tuple, output: Tensor) -> None:
+        record = self.current
+        if record is None:
+            return
+        static = slot_map.forward(torch.zeros_like(arguments[0][(0,) * (arguments[0].dim() - 2)]))  # [n, k]
+        matrices = self.choose(output) if output.dim() > 2 else output.detach()[None]  # [T, n, k]
+        initial = slot_map.initial_values()["bias"].to(static)
+        record.means[kind] = matrices.mean(0)
+        record.dynamic[kind] = (matrices - static).abs().mean()
+        record.distances[kind] = relative_distance(slot_map.bias.detach(), initial)
+        if kind == "carry":
+            record.product = spread(matrices, GAIN_TOKENS)
+        else:
+            weight = matrices.abs().sum(-1)  # [T, n]
+            record.shares[kind] = (weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)).mean(0)
+
+    @torch.no_grad()
+    def end(self, connection: GeneralizedHyperConnection, arguments: tuple, output: Tensor) -> None:
+        record = self.current
+        if record is None:
+            return
+        if record.product is None:  # carry="identity"
+            identity = torch.eye(connection.slots, device=output.device)
+            record.means["carry"], record.product = identity, identity[None]
+        if self.last is not None and self.last.chain == record.chain:
+            record.product = self.last.product @ record.product
+        self.last, self.current = record, None
+
+
+def spread(values: Tensor, count: int | None) -> Tensor:
+    """At most `count` of the first dimension's entries, evenly spaced."""
+    if count is None or len(values) <= count:
+        return values
+    return values[torch.linspace(0, len(values) - 1, count, device=values.device).long()]
+
+
+def mean_cosine(slots: Tensor) -> Tensor:
+    """Mean |cosine| over the pairs of different slots and the tokens. [T, n, d] -> []; NaN of a single slot."""
+    count = slots.shape[-2]
+    unit = nn.functional.normalize(slots, dim=-1)
+    cosines = (unit @ unit.mT).abs().mean(0)  # [n, n]
+    pairs = count * (count - 1)
+    return (cosines.sum() - cosines.diagonal().sum()) / pairs if pairs else cosines.new_full((), math.nan)
+
+
+def relative_distance(static: Tensor, initial: Tensor) -> Tensor:
+    """|static − initial| / |initial|, or |static − initial| where initial is 0; Frobenius norms."""
+    size = initial.norm()
+    return (static - initial).norm() / torch.where(size > 0, size, 1)
+
+
+def spectral_norms(products: Tensor) -> Tensor:
+    """[..., n, n] -> [...], infinite where an entry is not finite; on the CPU."""
+    products = products.detach().float().cpu()
+    finite = products.isfinite().flatten(-2).all(-1)
+    norms = torch.linalg.matrix_norm(products.where(finite[..., None, None], 0), 2)
+    return norms.where(finite, math.inf)
+
+
+def carry_gains(records: dict[str, ConnectionRecord]) -> dict[str, Tensor]:
+    """Gain of the carry product up to each connection: its spectral norm for each followed token, [T]."""
+    lengths = [len(record.product) for record in records.values()]
+    norms = spectral_norms(torch.cat([record.product for record in records.values()])).split(lengths)
+    return dict(zip(records, norms, strict=True))
+
+
+@torch.no_grad()
+def connection_matrices(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Read [n, m], carry [n, n] and write [n, m] of each connection, averaged over a batch's real tokens, float32.
+
+    Args:
+        batch: arguments of the model's forward, among them `attention_mask` [B, S] if some tokens are padding. With
+            `labels`, connections in modules of multi-token prediction are among the result.
+    Returns:
+        by the connections' names, and "read", "carry", "write"; on the CPU.
+    """
+    with ConnectionRecorder(model) as recorder:
+        model(**batch)
+    return {
+        name: {kind: record.means[kind].float().cpu() for kind in MAPS} for name, record in recorder.records.items()
+    }
+
+
+# ---- Health
+
+
+class ConnectionHealth(TrainerCallback):
+    """Watches the connections at the Trainer's logging steps, and warns when their slots are about to be lost.
+
+    The metrics are in the module's docstring; `MonitoredTrainerMixin` puts them into the log. Each warning, a
+    `ConnectionWarning`, comes once in a run, from process 0:
+
+    - one slot is read for everything: its share, averaged over the stack, has gone three quarters of the way from the
+      largest share at initialization (1/m) to 1. Single layers may well live on one slot; not all of them.
+    - slots are nearly parallel: their mean |cosine| at the end of the stack has gone nine tenths of the way from what
+      it was when the run began to 1. A start above 0.9, as one of copies with m = 1, says nothing and is left out.
+    - the gain of a carry product is above 1000, or at the end of the stack below 1/1000 of that at initialization: at
+      bfloat16's precision of 1/256, what is carried, or what is written beside it, is then gone.
+
+    Args:
+        per_layer: log each connection's metrics too.
+        tokens: how many of the micro-batch's tokens to look at.
+    """
+
+    def __init__(self, per_layer: bool = False, tokens: int = 256):
+        self.per_layer, self.tokens = per_layer, tokens
+        self.warned: set[str] = set()
+        self.recorder: ConnectionRecorder | None = None
+        self.metrics: dict[str, float] = {}
+        self.first_cosine: float | None = None
+        self.grad_share = 0.0
+
+    def take(self) -> dict[str, float]:
+        """The metrics of the last step that was watched, once."""
+        metrics, self.metrics = self.metrics, {}
+        return metrics
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        if not connections(model):
+            raise ValueError(f"ConnectionHealth: {type(model).__name__} has no connections to watch; leave it out.")
+        self.warned, self.first_cosine = set(), None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        if self.first_cosine is None or is_logging_step(args, state, state.global_step + 1):
+            self.recorder = ConnectionRecorder(model, self.tokens).__enter__()
+
+    def on_substep_end(self, args, state, control, **kwargs) -> None:
+        self.stop_recording()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        self.stop_recording()
+        if self.recorder is not None:
+            own = [p for connection in connections(model).values() for p in connection.parameters()]
+            total = gradient_norm(model.parameters())  # clipped already, and so are both
+            self.grad_share = gradient_norm(own) / total if total else 0.0
+
+    def stop_recording(self) -> None:
+        if self.recorder is not None:
+            self.recorder.__exit__()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.recorder is None:
+            return
+        records, self.recorder = self.recorder.records, None
+        values = {label(name): connection_metrics(record) for name, record in records.items()}
+        for name, gains in carry_gains(records).items():
+            values[label(name)] |= {"carry_gain": gains.mean().item(), "carry_gain_max": gains.max().item()}
+        stack = [values[label(name)] for name, record in records.items() if record.chain == 0]
+        self.metrics = summary(values, stack) | {"vwn/grad_share": self.grad_share}
+        if self.per_layer:
+            self.metrics |= {f"vwn/{layer}/{name}": x for layer, those in values.items() for name, x in those.items()}
+        if self.first_cosine is None:
+            self.first_cosine = stack[-1]["slot_cosine"]
+        if state.is_world_process_zero:
+            self.warn_of(state.global_step, values, stack, kwargs["model"])
+
+    def warn_of(self, step: int, values: dict[str, dict], stack: list[dict], model: nn.Module) -> None:
+        first = next(iter(connections(model).values()))
+        shares, start = mean_shares(stack, "read"), 1 / first.segments
+        slot = shares.index(max(shares))
+        rule = 1 - (1 - start) / 4
+        if max(shares) > rule and len(shares) > 1:
+            most = max(values, key=lambda layer: values[layer].get(f"read_share_{slot}", 0))
+            self.warn(
+                "read",
+                f"step {step}: slot {slot} has {max(shares):.2f} of the weight of read, averaged over the stack, most "
+                f"in {most} ({values[most][f'read_share_{slot}']:.2f}); above {rule:.2f} (at initialization: "
+                f"{start:.2f}) the sublayers live on that slot alone. Try a lower rate (added.learning_rate), more "
+                "segments, or another start of the extra slots (slot_start) when upcycling.",
+            )
+        cosine, rule = stack[-1]["slot_cosine"], 1 - (1 - self.first_cosine) / 10
+        if cosine > rule and self.first_cosine < 0.9:
+            self.warn(
+                "cosine",
+                f"step {step}: slots of the state are nearly parallel at {list(values)[len(stack) - 1]}: their mean "
+                f"|cosine| is {cosine:.3f}, above {rule:.3f}; when the run began it was {self.first_cosine:.3f}. The "
+                "width is then used for one direction. Try a lower rate (added.learning_rate), or slot_start: noise.",
+            )
+        layer, gain = max(((layer, those["carry_gain_max"]) for layer, those in values.items()), key=lambda x: x[1])
+        if gain > 1e3:
+            self.warn(
+                "explodes",
+                f"step {step}: the carry product has a gain of {gain:.3g} at {layer}, above 1000: states grow through "
+                "depth, and overflow or drown what is written. Try a lower rate (added.learning_rate), a smaller "
+                'max_grad_norm, or vwn_carry="doubly_stochastic", whose gain is at most 1.',
+            )
+        gain, start = stack[-1]["carry_gain"], initial_gain(model)
+        if gain < 1e-3 * start:
+            self.warn(
+                "vanishes",
+                f"step {step}: the carry product has a gain of {gain:.3g} at the end of the stack, below 1/1000 of the "
+                f"{start:.3g} at initialization: nothing reaches it but what the last layers write. Try a lower rate "
+                '(added.learning_rate), or vwn_carry="identity".',
+            )
+
+    def warn(self, kind: str, message: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(message, ConnectionWarning, stacklevel=2)
+
+
+def is_logging_step(args, state, step: int) -> bool:
+    """Whether the Trainer will log after this step."""
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return step % state.logging_steps == 0
+    steps_per_epoch = max(1, state.max_steps // max(1, state.num_train_epochs))
+    return args.logging_strategy == IntervalStrategy.EPOCH and step % steps_per_epoch == 0
+
+
+def connection_metrics(record: ConnectionRecord) -> dict[str, float]:
+    """A record's numbers by their names, without the gains."""
+    named = {f"{kind}_share_{slot}": x for kind, shares in record.shares.items() for slot, x in enumerate(shares)}
+    named |= {f"{kind}_distance": distance for kind, distance in record.distances.items()}
+    named |= {f"{kind}_dynamic": size for kind, size in record.dynamic.items()}
+    named["slot_cosine"] = record.slot_cosine
+    return dict(zip(named, torch.stack([x.float() for x in named.values()]).tolist(), strict=True))
+
+
+def mean_shares(stack: list[dict[str, float]], kind: str) -> list[float]:
+    """Share of each slot, averaged over connections, [n]."""
+    names = [name for name in stack[0] if name.startswith(f"{kind}_share_")]
+    return [sum(those[name] for those in stack) / len(stack) for name in names]
+
+
+def summary(values: dict[str, dict[str, float]], stack: list[dict[str, float]]) -> dict[str, float]:
+    """The metrics of the module's docstring, but for the gradients', from those per connection."""
+
+    def mean(suffix: str) -> float:
+        numbers = [x for those in stack for name, x in those.items() if name.endswith(suffix)]
+        return sum(numbers) / len(numbers)
+
+    metrics = {
+        "vwn/carry_gain": stack[-1]["carry_gain"],
+        "vwn/carry_gain_max": max(those["carry_gain_max"] for those in values.values()),
+        "vwn/read_share_max": max(mean_shares(stack, "read")),
+        "vwn/write_share_max": max(mean_shares(stack, "write")),
+        "vwn/slot_cosine": stack[-1]["slot_cosine"],
+        "vwn/static_distance": mean("_distance"),
+        "vwn/dynamic_size": mean("_dynamic"),
+    }
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def initial_gain(model: nn.Module) -> float:
+    """Gain of the stack's carry product at initialization."""
+    numbers, product = chains(model), None
+    for name, connection in connections(model).items():
+        if numbers[name] == 0 and connection.carry is not None:
+            carry = connection.carry.initial_values()["bias"]
+            product = carry if product is None else product @ carry
+    return 1.0 if product is None else spectral_norms(product).item()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Norm of all their gradients; sharded ones, of every device mesh, are summed over the processes."""
+    by_mesh: dict = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter.grad)
+    norms = [get_total_norm(gradients) for gradients in by_mesh.values()]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return math.hypot(*(norm.item() for norm in norms))
+
+
+# ---- A loss or gradient that is not finite
+
+
+class MonitoredTrainerMixin:
+    """Put before a Trainer class: a loss or gradient that is not finite stops the run; `ConnectionHealth` is logged.
+
+    The check comes once per optimizer step, after the backward pass of its last micro-batch and before gradients are
+    clipped, and is summed over the processes (one number each), so that all of them stop at the same step. It does not
+    ask what the log shows (`logging_nan_inf_filter`). With a loss scaler (float16) only losses are checked: the
+    scaler's search makes gradients overflow. An optimizer that steps within the backward pass (DeepSpeed, LOMO) has
+    taken the bad step already; the run still ends before a checkpoint of it is saved.
+
+    Raises:
+        NonFiniteError: with the step, the batch, saved as `nonfinite_batch.safetensors` in the output folder
+            (`nonfinite_batch_2.safetensors` by process 2 of several), what became non-finite first, and the gain of the
+            carry product per connection. The model has the weights of the step before; checkpoints are untouched.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._micro_batches: list[tuple[dict, Tensor]] = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_batches.append((inputs, loss))
+        if self.accelerator.sync_gradients:
+            batches, self._micro_batches = self._micro_batches, []
+            stop_if_not_finite(self, model, batches)
+        return loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ConnectionHealth):
+                    logs |= callback.take()
+        super().log(logs, *args, **kwargs)
+
+
+def stop_if_not_finite(trainer, model: nn.Module, batches: list[tuple[dict, Tensor]]) -> None:
+    """Raise NonFiniteError in every process if a loss of these micro-batches, or a gradient, is not finite in one."""
+    finite = torch.stack([loss.detach().float() for _, loss in batches]).isfinite()
+    good = finite.all()
+    if getattr(trainer.accelerator, "scaler", None) is None:
+        gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        good = good & get_total_norm(gradients).isfinite().to(good.device)
+    bad = torch.zeros(trainer.accelerator.num_processes, device=good.device)
+    bad[trainer.accelerator.process_index] = (~good).float()
+    processes = reduce(bad, "sum").nonzero().flatten().tolist()
+    if processes:
+        bad_losses = (~finite).nonzero().flatten().tolist()
+        raise NonFiniteError(describe_non_finite(trainer, model, batches, bad_losses, processes))
+
+
+def describe_non_finite(trainer, model: nn.Module, batches: list, bad_losses: list[int], processes: list[int]) -> str:
+    """The error's text; saves the batch if it is this process that is concerned. Every process must call it."""
+    step, args = trainer.state.global_step, trainer.args
+    first = bad_losses[0] if bad_losses else len(batches) - 1
+    several = trainer.accelerator.num_processes > 1
+    what = f"the loss is {batches[first][1].item()}" if bad_losses else "the loss is finite, but a gradient is not"
+    if several:
+        mine = trainer.accelerator.process_index
+        others = f"not finite in process {', '.join(map(str, processes))}"
+        what = f"{what} in process {mine}" if mine in processes else f"a loss or gradient is {others}"
+    inner = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+    last = last_complete_checkpoint(args.output_dir)
+    lines = [
+        f"Stopped in step {step + 1}, before the optimizer took it: {what}. The model still has the weights of step "
+        f"{step}; checkpoints are as they were, {f'the last one {last}' if last else 'and there is none yet'}.",
+        f"Parameters that are not finite: {names_of_non_finite(inner, lambda p: p)}.",
+        f"Gradients that are not finite: {names_of_non_finite(inner, lambda p: p.grad)}.",
+    ]
+    if not several or trainer.accelerator.process_index in processes:
+        saved = range(len(batches)) if not bad_losses else bad_losses[:1]
+        suffix = f"_{trainer.accelerator.process_index}" if several else ""
+        path = Path(args.output_dir) / f"nonfinite_batch{suffix}.safetensors"
+        save_batches(path, {number: batches[number][0] for number in saved}, step + 1)
+        texts = describe_batch(batches[first][0], trainer.processing_class)
+        lines.append(f"Micro-batch {first + 1} of {len(batches)}, saved in {path}: {texts}")
+    lines += run_again(trainer, inner, batches[first][0])
+    lines.append(
+        "Try a lower learning rate, a smaller max_grad_norm or more warm-up from an earlier checkpoint, bfloat16 in "
+        'place of float16; where gains are large, vwn_carry="doubly_stochastic"; look at the batch.'
+    )
+    return "\n".join(lines)
+
+
+def names_of_non_finite(model: nn.Module, tensor_of) -> str:
+    """The first three parameters whose tensor is not finite, and how many there are of how many."""
+    tensors = [(name, tensor_of(parameter)) for name, parameter in model.named_parameters()]
+    names = [name for name, x in tensors if x is not None and not local(x).isfinite().all()]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}, of {len(tensors)}" if names else "none"
+
+
+def save_batches(path: Path, batches: dict[int, dict], step: int) -> None:
+    """Tensors of micro-batches, as `micro_batch_{number}.{name}` from 0 on."""
+    tensors = {
+        f"micro_batch_{number}.{name}": value.detach().cpu().clone().contiguous()
+        for number, batch in batches.items()
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"step": str(step)})
+
+
+def describe_batch(batch: dict, tokenizer) -> str:
+    """Shape and hash of its input_ids, and how its texts begin."""
+    ids = batch.get("input_ids")
+    if ids is None:
+        return f"it has {', '.join(batch)}."
+    ids = ids.detach().cpu().contiguous()
+    text = f"input_ids {list(ids.shape)}, sha256 {hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]}"
+    if hasattr(tokenizer, "decode"):
+        beginnings = [repr(tokenizer.decode(row[:12].tolist())) for row in ids[:4]]
+        text += f", beginning with {', '.join(beginnings)}{', …' if len(ids) > 4 else ''}"
+    return f"{text}."
+
+
+def run_again(trainer, model: nn.Module, batch: dict) -> list[str]:
+    """Lines on a forward pass with this batch: what is not finite first, the losses, the carry gains."""
+    found, handles = [], []
+
+    def look(name: str, module: nn.Module, arguments: tuple, output) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        values = [x for x in tensors if isinstance(x, Tensor) and x.is_floating_point()]
+        if not found and not all(local(x).isfinite().all() for x in values):
+            found.append(name or type(module).__name__)
+
+    try:
+        with ConnectionRecorder(model, tokens=256) as recorder, torch.no_grad(), trainer.compute_loss_context_manager():
+            handles += [m.register_forward_hook(partial(look, name)) for name, m in model.named_modules()]
+            outputs = model(**send_to_device(batch, trainer.args.device))
+    except RuntimeError as error:  # such as memory that is short: the loss is what the user must hear of
+        return [f"Running the batch again failed: {error}"]
+    finally:
+        for handle in handles:
+            handle.remove()
+    losses = {name: outputs[name] for name in ("loss", "aux_loss", "mtp_losses") if outputs.get(name) is not None}
+    numbers = ", ".join(f"{name} {value.tolist()}" for name, value in losses.items() if isinstance(value, Tensor))
+    lines = [
+        f"Run again, the first output that is not finite is that of {found[0] if found else 'no module'}; {numbers}."
+    ]
+    if recorder.records:
+        gains = {name: values.max().item() for name, values in carry_gains(recorder.records).items()}
+        text = ", ".join(f"{label(name)} {gain:.3g}" for name, gain in gains.items())
+        lines.append(f"Gain of the carry product up to each connection, its largest over tokens: {text}.")
+    return lines
+
+
+# ---- Signals
+
+
+class StopOnSignal(TrainerCallback):
+    """A Trainer's callback and a context around its `train`: SIGTERM or SIGINT saves a checkpoint and ends the run.
+
+        stop = StopOnSignal()
+        trainer = Trainer(…, callbacks=[stop])
+        with stop:
+            trainer.train()
+
+    The step under way is finished, with the evaluation that is due, and saved: resuming goes on bit for bit, but from
+    checkpoints without the optimizer (save_only_model; a model loaded with a `DistributedConfig`). Processes
+    agree once per step (one number), so that all save the same step. Another signal, a second or more after the first,
+    does what it would do otherwise; one that comes too late for a checkpoint is raised again at the end.
+
+    transformers' own `enable_jit_checkpoint` saves in the middle of a step, each process by its own clock, and lets the
+    run end as if it were complete; it is refused.
+
+    Raises:
+        Interrupted: at the end of the context, after the checkpoint was saved.
+        ValueError: enable_jit_checkpoint is set.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.received: int | None = None
+        self.agreed: int | None = None
+        self.saved_in: str | None = None
+        self.step, self.resumable = 0, True
+        self.time = 0.0
+        self.handlers: dict = {}
+
+    def __enter__(self):
+        self.received = self.agreed = self.saved_in = None
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self.handlers = {number: signal.signal(number, self.receive) for number in self.signals}
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.restore_handlers()
+        if error is not None:
+            return
+        if self.saved_in is not None:
+            name = signal.Signals(self.agreed).name
+            what = (
+                "is complete. Go on with --resume." if self.resumable else "has the weights alone, not the optimizer."
+            )
+            raise Interrupted(f"Stopped by {name} after step {self.step}; {self.saved_in} {what}", self.agreed)
+        if self.received is not None:
+            signal.raise_signal(self.received)
+
+    def restore_handlers(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def receive(self, number: int, frame) -> None:
+        if self.received is None:
+            self.received, self.time = number, time.monotonic()
+            text = f"{signal.Signals(number).name}: saving a checkpoint after this step; once more ends at once.\n"
+            os.write(2, text.encode())  # print is not safe in a handler
+        elif time.monotonic() - self.time > 1:  # launchers hand on what a terminal has sent to everyone already
+            self.restore_handlers()
+            signal.raise_signal(number)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if args.enable_jit_checkpoint:
+            raise ValueError("enable_jit_checkpoint: leave it out; SIGTERM saves a checkpoint as it is.")
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        number = torch.tensor(float(self.received or 0), device=args.device)
+        self.agreed = int(reduce(number, "max").item()) or None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        if self.agreed is not None:
+            if getattr(model, "is_distributed_loading_by_transformers", False):
+                args.save_only_model = True  # transformers 5.23 cannot save the optimizer of such a model
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if self.agreed is not None:
+            self.step, self.resumable = state.global_step, not args.save_only_model
+            self.saved_in = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.step}")
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """The last `checkpoint-N` in a run's folder that was written to its end: its `trainer_state.json` comes last."""
+    steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in Path(folder).glob("*-*")}
+    complete = [path for path, step in steps.items() if step.isdigit() and (path / TRAINER_STATE_NAME).is_file()]
+    return str(max(complete, key=lambda path: int(steps[path]))) if complete else None
+
+
+def finished_state(checkpoint: str | None, max_steps: int) -> TrainerState | None:
+    """The state of a checkpoint that has `max_steps` steps behind it: transformers 5.23 would train one more."""
+    if checkpoint is None or max_steps <= 0:
+        return None
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    return state if state.global_step >= max_steps else None
