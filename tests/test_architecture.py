@@ -34,6 +34,7 @@ ORDER = [
     "packing",
     "data",
     "monitoring",
+    "stopping",
     "sharding",
     "training",
     "metrics",

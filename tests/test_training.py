@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_model, tiny_vwn
+from small_runs import ROWS, in_two_processes, trainer_of
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from vwn_hf import added_parameters, upcycle
@@ -360,3 +361,48 @@ def test_lora_beside_what_vwn_added_by_a_recipe_resumes_and_merges(corpus, tmp_p
     still = {**content["training"], "max_steps": 1, "learning_rate": 0.0, "output_dir": str(tmp_path / "again")}
     again = train(TrainingRecipe(**{**content, "model": str(tmp_path / "merged"), "training": still}))
     assert again["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
+
+
+def train_with_router_loss(rank, folder, rows, accumulation):
+    """Logged losses of two steps in which every micro-batch is the same row, and the router loss weighs much."""
+    model = tiny_vwn("olmoe", output_router_logits=True, router_aux_loss_coef=3.0, num_mtp_layers=1)
+    trainer = trainer_of(
+        model, folder, rows=[ROWS[0]] * 16, max_steps=2, per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_router_loss_counts_once_whatever_the_number_of_batches_and_processes(tmp_path):
+    expected = train_with_router_loss(0, tmp_path, 4, 1)
+    assert train_with_router_loss(0, tmp_path, 1, 4) == pytest.approx(expected, rel=1e-5)
+    for losses in in_two_processes(train_with_router_loss, tmp_path, 1, 2):
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(some, others):
+    return some.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in some.items())
+
+
+def test_a_trainer_of_ones_own_resumes_with_its_experts(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole, resumed = (trainer_of(tiny_vwn("olmoe", seed=seed), tmp_path, **saving) for seed in (0, 1))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(weights(resumed.model), weights(whole.model))
+
+
+def test_the_best_model_at_the_end_has_its_experts(tmp_path):
+    best = trainer_of(
+        tiny_vwn("olmoe"), tmp_path, rows=ROWS[:2], evaluation_rows=ROWS[:2], max_steps=4, save_strategy="steps",
+        save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    best.train()  # what it learns by heart falls in loss, so the highest is the first
+    assert best.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert same(weights(best.model), AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2").state_dict())

@@ -561,9 +561,9 @@ def last_attention_layer(config, layers: int) -> int:
 def forward_with_mtp(family_forward: Callable) -> Callable:
     """A causal language model's forward that also computes the losses of multi-token prediction where it has labels.
 
-    The output gets `mtp_losses` [K]. In training, `loss` is the family's loss + mtp_loss_weight · their mean (+ the
-    router loss of the modules' experts, where the family's loss has one); in evaluation it is the family's loss alone,
-    so that perplexities are those of the next token.
+    The output gets `mtp_losses` [K]. In training, `loss` is the family's loss + mtp_loss_weight · their mean, and the
+    router loss of the modules' experts is added to it and to `aux_loss`, where the family has one. In evaluation it is
+    the family's loss alone, so that perplexities are those of the next token.
     """
     names = list(inspect.signature(family_forward).parameters)[1:]
 
@@ -587,6 +587,7 @@ def forward_with_mtp(family_forward: Callable) -> Callable:
             outputs["loss"] = outputs["loss"] + self.config.mtp_loss_weight * losses.mean()
             if outputs.get("aux_loss") is not None and router_logits:
                 balance = self.router_loss(router_logits, kwargs.get("attention_mask"))
+                outputs["aux_loss"] = outputs["aux_loss"] + balance
                 outputs["loss"] = outputs["loss"] + getattr(self, self.backbone.router_loss_factor) * balance
         return OUTPUTS_WITH_MTP[type(outputs)](**outputs, mtp_losses=losses)
 

@@ -90,9 +90,12 @@ class ShardedTrainerMixin:
 
     - Connections keep float32 parameters under the mixed precision of Accelerate's FSDP2.
     - `save_model` writes a whole checkpoint, also where Accelerate's FSDP2 keeps sharded ones to resume from.
+    - Checkpoints of whole models are loaded with their experts, on resuming and as the best model at the end.
     - A model that was sharded when it was loaded resumes with every process's part of the optimizer; transformers 5.23
       keeps that of the first process alone. Load the model itself from the checkpoint before (`load_model` does).
     """
+
+    weights_from: str | None = None  # the checkpoint that the model was loaded from, which need not be read again
 
     def __init__(self, model=None, args: TrainingArguments | None = None, *others, **kwargs):
         loaded_in_shards = getattr(model, "is_distributed_loading_by_transformers", False)
@@ -121,8 +124,29 @@ class ShardedTrainerMixin:
 
     # the rest is private to transformers' Trainer
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if not self.is_distributed_loading_by_transformers:
+        held = resume_from_checkpoint == self.weights_from and not self.is_fsdp_enabled
+        if held or self.is_distributed_loading_by_transformers:
+            return
+        if not self.load_converted(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self.load_converted(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def load_converted(self, checkpoint: str) -> bool:
+        """Load a whole model's checkpoint as `from_pretrained` does; False where Accelerate, DeepSpeed or peft load it.
+
+        The Trainer matches tensors by name alone and so leaves experts, which are stored one by one and fused in
+        memory, as it finds them (seen in transformers 5.23).
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not Path(checkpoint, "config.json").is_file():
+            return False
+        if self.is_distributed_loading_by_transformers:
+            return False
+        stored = type(self.model).from_pretrained(checkpoint, config=self.model.config, dtype=self.model.dtype)
+        self.model.load_state_dict(stored.state_dict())
+        return True
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_distributed_loading_by_transformers:

@@ -28,19 +28,14 @@ from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import LoraSettings, add_adapter, freeze_backbone
+from .backbones import BACKBONES
 from .data import TrainingData
 from .modeling_vwn import added_parameters
-from .monitoring import (
-    ConnectionHealth,
-    MonitoredTrainerMixin,
-    StopOnSignal,
-    connections,
-    finished_state,
-    last_complete_checkpoint,
-)
+from .monitoring import ConnectionHealth, connections
 from .multi_token_prediction import IGNORED, next_token_labels
 from .packing import ResumableStream
 from .sharding import ShardedTrainerMixin, built_whole, check_processes, shard
+from .stopping import GuardedTrainerMixin, StopOnSignal, finished_state, last_complete_checkpoint
 
 
 class RecipeError(ValueError):
@@ -206,14 +201,16 @@ def model_within(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(model_within, getattr(annotation, "__args__", ()))), None)
 
 
-class VwnTrainerMixin(ShardedTrainerMixin, MonitoredTrainerMixin):
+class VwnTrainerMixin(ShardedTrainerMixin, GuardedTrainerMixin):
     """Put before a Trainer class of transformers or trl: trains the MTP modules and reports next-token losses.
 
     - Training takes the model's own loss, MTP included, also where the Trainer class would compute one outside of the
       model (trl's SFTTrainer), and logs the MTP losses beside it: `mtp_loss_1` is the next-2-token loss, and so on.
+    - The router loss counts once, however many processes and micro-batches a step has.
     - Evaluation gives the next-token loss alone, without the router's auxiliary loss, and `eval_mtp_loss_1`, ….
     - Log entries have the seconds since training began, over all sessions of a run: `elapsed_seconds`.
-    - A loss or gradient that is not finite stops the run: `MonitoredTrainerMixin`.
+    - The connections' health is logged where a `ConnectionHealth` is among the callbacks.
+    - A loss or gradient that is not finite stops the run: `GuardedTrainerMixin`.
     - A model that several processes share is saved whole and resumes: `ShardedTrainerMixin`.
     """
 
@@ -250,7 +247,27 @@ class VwnTrainerMixin(ShardedTrainerMixin, MonitoredTrainerMixin):
         if losses is not None:
             parts = {f"mtp_loss_{depth}": loss for depth, loss in enumerate(losses, start=1)}
             self.keep_loss_parts(parts, model.training, num_items_in_batch)
+        if model.training and num_items_in_batch is not None:
+            loss = loss - self.surplus_router_loss(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def surplus_router_loss(self, outputs) -> torch.Tensor | float:
+        """What this batch's loss has of the router loss beyond its share in the mean over processes and micro-batches.
+
+        The Trainer adds up the losses of all of them, which is right for sums over tokens divided by the number of
+        all tokens, and makes of the router loss, a mean already, as many times itself (seen in transformers 5.23).
+        """
+        router_loss = outputs.get("aux_loss") if isinstance(outputs, dict) else None
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+        factor = getattr(model, router_loss_factor(model.config.model_type), None)
+        if router_loss is None or factor is None:
+            return 0.0
+        processes = 1
+        if self.args.average_tokens_across_devices:
+            processes = self.accelerator.num_processes // self.get_tp_size()
+        batches = processes * self.current_gradient_accumulation_steps
+        return processes * factor * router_loss * (1 - 1 / batches)
 
     def keep_loss_parts(self, parts: dict[str, torch.Tensor], training: bool, num_items_in_batch) -> None:
         """Have parts of a batch's loss logged by their names, in the same measure as the loss itself."""
@@ -270,6 +287,10 @@ class VwnTrainerMixin(ShardedTrainerMixin, MonitoredTrainerMixin):
             steps = self.state.global_step - self._step_of_last_log
             logs |= self._parts_in_training.take(self.accelerator, divisor=steps)
             self._step_of_last_log = self.state.global_step
+        if "loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ConnectionHealth):
+                    logs |= callback.take()
         if self._session_begin is not None:
             logs["elapsed_seconds"] = self.elapsed_seconds()
         super().log(logs, *args, **kwargs)
@@ -296,6 +317,12 @@ class VwnTrainerMixin(ShardedTrainerMixin, MonitoredTrainerMixin):
             parts = self._parts_in_evaluation.take(self.accelerator, divisor=batches)
             output.metrics.update({f"{metric_key_prefix}_{name}": loss for name, loss in parts.items()})
         return output
+
+
+def router_loss_factor(model_type: str) -> str:
+    """Name that a family's causal language model, plain or VWN's, gives the factor of its router loss."""
+    backbone = BACKBONES.get(model_type.removeprefix("vwn_"))
+    return backbone.router_loss_factor if backbone else "router_aux_loss_coef"
 
 
 class LossSum:
@@ -510,6 +537,7 @@ def train(recipe: TrainingRecipe, resume: bool = False, model: PreTrainedModel |
         data_collator=default_data_collator,
         callbacks=[stop, *([ConnectionHealth()] if connections(model) else [])],
     )
+    trainer.weights_from = None if recipe.lora else checkpoint
     if trainer.is_world_process_zero():
         save_recipe(recipe, Path(arguments.output_dir))
     finished = finished_state(checkpoint, arguments.max_steps)
@@ -537,10 +565,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The recipe's model, or a new one of its config, in float32 unless the config says otherwise.
 
-    A run's own `checkpoint` takes its place: the Trainer, resuming, matches tensors by name alone and so leaves
-    experts, which are stored one by one and fused in memory, as it finds them (seen in transformers 5.23).
+    A run's own `checkpoint` takes its place, unless it is in shards, which the Trainer loads.
     """
-    in_shards = checkpoint is not None and not Path(checkpoint, "config.json").is_file()  # the Trainer loads them
+    in_shards = checkpoint is not None and not Path(checkpoint, "config.json").is_file()
     source = recipe.model if in_shards else checkpoint or recipe.model
     distributed = DistributedConfig(**recipe.distributed) if recipe.distributed else None
     settings = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
