@@ -225,7 +225,10 @@ def test_parallel_plans_are_inherited(made):
     plans = ("base_model_tp_plan", "base_model_ep_plan", "base_model_pp_plan")
     for name in plans:
         assert getattr(made.vwn.config, name, None) == getattr(made.source.config, name, None), name
-    assert made.vwn.tp_plan == made.source.tp_plan and made.vwn.pp_plan == made.source.pp_plan
+    layers = {name: style for name, style in made.source.tp_plan.items() if "model.layers.*" in name}
+    of_mtp = {name.replace("model.layers.*", "mtp.*.layer"): style for name, style in layers.items()}
+    assert made.vwn.tp_plan == made.source.tp_plan | (of_mtp if hasattr(made.vwn, "mtp") else {})
+    assert made.vwn.pp_plan == made.source.pp_plan
     assert type(made.vwn.model.layers[0]).__name__ in made.vwn._no_split_modules
 
 
