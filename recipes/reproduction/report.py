@@ -13,6 +13,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from run import GROUPS
+
 from vwn_hf.comparison import fit_loss_against_width
 from vwn_hf.metrics import Curve, efficiency
 
@@ -23,11 +25,14 @@ WIDTHS = {"vwn-2-3": 1.5, "vwn-4-8": 2.0, "vwn-4-16": 4.0, "vwn-4-32": 8.0}
 
 
 class Runs:
-    """The results by group and row; each row's are in the order of the seeds."""
+    """The results by group and row, in the order of run.py; each row's are in the order of the seeds."""
 
     def __init__(self, results: list[dict]):
         self.rows = defaultdict(lambda: defaultdict(list))
-        for result in sorted(results, key=lambda result: result["seed"]):
+        rows = [(group, row.name) for group, those in GROUPS.items() for row in those]
+        for result in sorted(
+            results, key=lambda result: (rows.index((result["group"], result["name"])), result["seed"])
+        ):
             self.rows[result["group"]][result["name"]].append(result)
 
     def of(self, group: str, name: str) -> list[dict]:
@@ -125,7 +130,7 @@ def upcycling_table(runs: Runs) -> str:
     when, how = runs.rows["upcycled-when"], runs.rows["upcycled-how"]
     for name, results in {**when, **how}.items():
         steps = results[0]["source_steps"]
-        baseline = how["plain-half-rate"] if name.endswith("half-rate") else when[f"plain-from-{steps}"]
+        baseline = how.get("plain-half-rate", []) if name.endswith("half-rate") else when[f"plain-from-{steps}"]
         before = [run["curve"]["eval_loss"][0] for run in results]
         lines.append([
             name, f"{steps * TOKENS_PER_STEP / 1e6:.2f} M", str(len(results)), mean_and_spread(before),

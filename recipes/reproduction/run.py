@@ -78,6 +78,8 @@ GROUPS = {
         *(Row(f"{name_of(m, n)}-mtp", vwn(m, n, num_mtp_layers=1)) for m, n in WIDTHS),
     ],
     "parts": [
+        Row("vwn-4-8-no-group-norm", vwn(4, 8, vwn_group_norm=False)),  # (2, 3) has none
+        Row("vwn-2-4", vwn(2, 4)),
         Row("vwn-4-4", vwn(4, 4)),
         Row("vwn-4-8-static", vwn(4, 8, vwn_dynamic=False)),
         Row("vwn-4-4-static", vwn(4, 4, vwn_dynamic=False)),
