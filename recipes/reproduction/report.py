@@ -93,11 +93,15 @@ def markdown(columns: list[str], lines: list[list[str]]) -> str:
 
 
 def rates_table(runs: Runs) -> str:
-    lines = []
-    for name, results in runs.rows["rates"].items():
-        model, _, rate = name.partition("-rate")
-        lines.append([model, rate, mean_and_spread([final(run) for run in results])])
-    return markdown(["model", "peak rate", "held-out loss after 400 steps"], sorted(lines))
+    groups = ("rates", "rates-long", "width")
+    rows = [(name, results) for group in groups for name, results in runs.rows[group].items()]
+    lines = [
+        [name.partition("-rate")[0], f"{results[0]['rate']:g}", str(results[0]["steps"]), str(len(results)),
+         mean_and_spread([final(run) for run in results])]
+        for name, results in rows
+        if name.partition("-rate")[0] in ("olmoe", "vwn-4-8")
+    ]  # fmt: skip
+    return markdown(["model", "peak rate", "steps", "seeds", "held-out loss"], lines)
 
 
 def width_table(runs: Runs) -> str:

@@ -248,15 +248,27 @@ def work(groups: list[str], seeds: list[int], out: Path) -> None:
             print(f"{path.stem}: {loss:.4f} after {result['cpu_seconds']:.0f} s of CPU time", flush=True)
 
 
+def take_kept_results(out: Path) -> None:
+    """Count the results in the repository as done."""
+    for line in (RECIPES / "results.jsonl").read_text().splitlines():
+        result = json.loads(line)
+        path = out / "results" / f"{result['group']}-{result['name']}-seed{result['seed']}.json"
+        if not path.exists():
+            path.write_text(line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--group", nargs="+", choices=[*GROUPS], default=[*GROUPS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--out", type=Path, default=Path("runs/reproduction"))
+    parser.add_argument("--kept", action="store_true", help="do not run again what results.jsonl has")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     options = parser.parse_args()
     (options.out / "results").mkdir(parents=True, exist_ok=True)
     make_corpus(options.out)
+    if options.kept:
+        take_kept_results(options.out)
     if options.workers == 1:
         return work(options.group, options.seeds, options.out)
     seeds = [str(seed) for seed in options.seeds]
