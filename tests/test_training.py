@@ -16,6 +16,7 @@ from vwn_hf import added_parameters, upcycle
 from vwn_hf.adapters import merge
 from vwn_hf.data import write_standard_library_corpus
 from vwn_hf.multi_token_prediction import IGNORED
+from vwn_hf.sources import REPORT_NAME, recipes_in_order
 from vwn_hf.training import (
     AddedParameters,
     RecipeError,
@@ -75,6 +76,7 @@ def write(folder, content):
         ({"data.sequence_length": "long"}, "data.sequence_length: .*got 'long'"),
         ({"model": "x"}, "Give either model"),
         ({"config": None}, "Give either model"),
+        ({"model": "x", "config": None, "training.output_dir": "y/../x"}, "is the model's own folder"),
         ({"config": {"hidden_size": 3}}, "config has no model_type"),
         ({"tokenizer": None}, "config without tokenizer"),
         ({"train_only": "backbone"}, "train_only: .*got 'backbone'"),
@@ -227,6 +229,7 @@ def test_an_upcycled_checkpoint_trains_on(corpus, tmp_path):
         "model_type": "olmoe"
     }
     base = train(TrainingRecipe(**content))
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\ntags: [x]\n---\n# Base\n")
     upcycle(tmp_path / "base", tmp_path / "vwn", segments=2, slots=4)
     content |= {"config": None, "model": str(tmp_path / "vwn")}
     content["training"] |= {
@@ -237,6 +240,22 @@ def test_an_upcycled_checkpoint_trains_on(corpus, tmp_path):
     }
     after = train(TrainingRecipe(**content))
     assert after["eval_loss"] < base["eval_loss"]
+    report, kept = (json.loads((tmp_path / folder / REPORT_NAME).read_text()) for folder in ("vwn", "on"))
+    assert kept == report and report["source_card"] == {"license": "mit", "language": ["en"]}
+    assert not (tmp_path / "vwn" / "README.md").exists()  # the source's card would be wrong of it
+
+
+def test_the_recipes_that_led_to_a_checkpoint_come_along(corpus, tmp_path):
+    content = tiny_recipe(corpus, tmp_path / "0", max_steps=1)
+    train(TrainingRecipe(**content))
+    for number in range(1, 4):
+        training = {**content["training"], "output_dir": str(tmp_path / str(number)), "seed": number}
+        train(
+            TrainingRecipe(**content | {"config": None, "model": str(tmp_path / str(number - 1)), "training": training})
+        )
+    recipes = recipes_in_order(tmp_path / "3")
+    assert [path.name for path in recipes] == ["recipe-1.yaml", "recipe-2.yaml", "recipe-3.yaml", "recipe.yaml"]
+    assert [yaml.safe_load(path.read_text())["training"].get("seed", 0) for path in recipes] == [0, 1, 2, 3]
 
 
 def upcycled_source(corpus, tmp_path, **training):
@@ -358,6 +377,8 @@ def test_lora_beside_what_vwn_added_by_a_recipe_resumes_and_merges(corpus, tmp_p
     shutil.rmtree(tmp_path / "parts" / "checkpoint-12")
     assert train(recipes[1], resume=True)["eval_loss"] == whole["eval_loss"]
     merge(tmp_path / "whole", tmp_path / "merged")
+    for name in ("recipe.yaml", "trainer_state.json", REPORT_NAME):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     still = {**content["training"], "max_steps": 1, "learning_rate": 0.0, "output_dir": str(tmp_path / "again")}
     again = train(TrainingRecipe(**{**content, "model": str(tmp_path / "merged"), "training": still}))
     assert again["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)

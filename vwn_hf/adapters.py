@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .checkpoints import CheckpointError, refuse_missing_path, regular_file
 from .deltas import check_output, check_unchanged, read_vwn_config
 from .modeling_vwn import added_parameters
-from .sources import COMPANION_FILES, copy_companions, quantization_method, resolve_source
+from .sources import COMPANION_FILES, PROVENANCE_FILES, copy_companions, quantization_method, resolve_source
 from .writing import described, unfinished_folder
 
 if TYPE_CHECKING:
@@ -188,8 +188,8 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
         with clear_adapter_errors(folder, source):
             model = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
         model.save_pretrained(unfinished.files)
-        copy_companions(source, unfinished.files)
-        copy_companions(folder, unfinished.files)  # trainers save the tokenizer with the adapter
+        for place in (source, folder):  # trainers save the tokenizer with the adapter, and how it was made
+            copy_companions(place, unfinished.files, [*COMPANION_FILES, *PROVENANCE_FILES])
         check_unchanged(read, before)
     return model.num_parameters()
 
@@ -199,7 +199,8 @@ def adapter_folder(adapter: str) -> Path:
     folder = Path(adapter)
     if not folder.is_dir():
         refuse_missing_path(adapter)
-        folder = Path(snapshot_download(adapter, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS, *COMPANION_FILES]))
+        patterns = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *COMPANION_FILES, *PROVENANCE_FILES]
+        folder = Path(snapshot_download(adapter, allow_patterns=patterns))
     regular_file(folder, ADAPTER_CONFIG, "an adapter has one; give the folder that peft saved")
     regular_file(folder, ADAPTER_WEIGHTS, "an adapter has one; save it with safe_serialization=True")
     return folder

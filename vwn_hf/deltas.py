@@ -39,9 +39,9 @@ from .checkpoints import (
 from .configuration_vwn import VwnConfigMixin
 from .layout import Layout, OutputTensor, as_bytes, lay_out, safetensors_parts
 from .quantization import fold
-from .sources import copy_companions, count_parameters, quantization_method, resolve_source
+from .sources import REPORT_NAME, copy_companions, count_parameters, quantization_method, resolve_source
 from .streaming import account_for
-from .upcycling import REPORT_NAME, refuse_overlap
+from .upcycling import refuse_overlap
 from .verification import check_headers, tensor_sha256
 from .widening import BLOCK_ELEMENTS, NewTensor, Widening, backbone_of, new_tensors
 from .writing import (

@@ -80,6 +80,7 @@ class UpcyclingEstimate:
 class UpcyclingReport:
     """What `upcycle` did. The output's own report has it without what differs between machines: output and linked.
 
+    `source_card` is what a model made from another takes over of its card: licence, language, data sets.
     `max_difference` is the largest |VWN logit − source logit|; None if logits were not compared.
     """
 
@@ -102,6 +103,7 @@ class UpcyclingReport:
     added_parameters: int
     options: dict
     source_sha256: dict[str, str]
+    source_card: dict[str, str | list[str]]
     other_files: list[str]
     verification: Verification
     linked: list[str] = field(default_factory=list)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+import yaml
+from huggingface_hub import metadata_load, snapshot_download
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
@@ -33,6 +34,11 @@ COMPANION_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "chat_template*", "additional_chat_templates/*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+REPORT_NAME = "upcycling_report.json"
+RECIPE_NAME = "recipe.yaml"  # of the last training; those before it are recipe-1.yaml, recipe-2.yaml, …
+PROVENANCE_FILES = (REPORT_NAME, "recipe*.yaml", "trainer_state.json")  # how a checkpoint was made
+CARD_NAME = "README.md"
+INHERITED_METADATA = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 LAYER = re.compile(r"\.layers\.(\d{1,9})\.")
 MOST_SPARE_LAYERS = 1000  # such as max_window_layers=28 in a model of four
 
@@ -56,7 +62,7 @@ def resolve_source(
     refuse_missing_path(source)
     check(Path(snapshot_download(source, revision=revision, allow_patterns=["config.json"])))
     weights = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *(["pytorch_model*.bin*"] if allow_pickle else [])]
-    patterns = ["config.json", "vwn_delta.json", *weights, *COMPANION_FILES]
+    patterns = ["config.json", "vwn_delta.json", CARD_NAME, *weights, *COMPANION_FILES, *PROVENANCE_FILES]
     folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     return folder, folder.name
 
@@ -194,17 +200,44 @@ def quantization_method(config: PreTrainedConfig) -> str | None:
     return (getattr(config, "quantization_config", None) or {}).get("quant_method")
 
 
-def companions(folder: Path) -> list[Path]:
+def companions(folder: Path, patterns: Collection[str] = COMPANION_FILES) -> list[Path]:
     """Tokenizer, generation config, chat templates and licence."""
-    paths = {path for pattern in COMPANION_FILES for path in folder.glob(pattern) if path.is_file()}
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(regular_file(folder, path.relative_to(folder).as_posix()) for path in paths)
 
 
-def copy_companions(folder: Path, output: Path) -> None:
-    for path in companions(folder):
+def copy_companions(folder: Path, output: Path, patterns: Collection[str] = COMPANION_FILES) -> None:
+    for path in companions(folder, patterns):
         target = output / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def copy_history(source: str, output: Path) -> None:
+    """Copy a checkpoint's upcycling report to the one trained from it, and its recipes as earlier ones."""
+    names = [REPORT_NAME, "recipe*.yaml"]
+    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=names))
+    copy_companions(folder, output, [REPORT_NAME])
+    for number, path in enumerate(recipes_in_order(folder), 1):
+        shutil.copyfile(path, output / f"recipe-{number}.yaml")
+
+
+def recipes_in_order(folder: Path) -> list[Path]:
+    """The recipes of all trainings that led to a checkpoint, the last one last."""
+    earlier = sorted(companions(folder, ["recipe-*.yaml"]), key=lambda path: (len(path.name), path.name))
+    return [*earlier, *companions(folder, [RECIPE_NAME])]
+
+
+def inherited_metadata(folder: Path) -> dict[str, str | list[str]]:
+    """What a checkpoint made from another takes over of its card: licence, language, data sets; {} without a card."""
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return {}
+    try:
+        content = metadata_load(path)
+    except (ValueError, yaml.YAMLError):  # a README that is no card
+        return {}
+    return {name: content[name] for name in INHERITED_METADATA if content and content.get(name)}
 
 
 def file_states(folder: Path, read: Collection[Path] = ()) -> dict[str, list[int]]:

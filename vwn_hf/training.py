@@ -35,6 +35,7 @@ from .monitoring import ConnectionHealth, connections
 from .multi_token_prediction import IGNORED, next_token_labels
 from .packing import ResumableStream
 from .sharding import ShardedTrainerMixin, built_whole, check_processes, shard
+from .sources import RECIPE_NAME, copy_history
 from .stopping import GuardedTrainerMixin, StopOnSignal, finished_state, last_complete_checkpoint
 
 
@@ -131,6 +132,8 @@ class TrainingRecipe(BaseModel):
                 raise RecipeError(unknown_key(f"distributed.{key}", key, known))
         if "output_dir" not in self.training:
             raise RecipeError("training.output_dir is missing: where the checkpoint is to go.")
+        if self.model and Path(self.model).resolve() == Path(self.training["output_dir"]).resolve():
+            raise RecipeError(f"training.output_dir is the model's own folder, {self.model}; give another one.")
         if self.data.streaming and self.training.get("max_steps", -1) <= 0:
             raise RecipeError("training.max_steps is missing: streamed data has no end.")
         if self.data.streaming and self.training.get("dataloader_num_workers", 0) > 1:
@@ -539,7 +542,7 @@ def train(recipe: TrainingRecipe, resume: bool = False, model: PreTrainedModel |
     )
     trainer.weights_from = None if recipe.lora else checkpoint
     if trainer.is_world_process_zero():
-        save_recipe(recipe, Path(arguments.output_dir))
+        save_history(recipe, Path(arguments.output_dir))
     finished = finished_state(checkpoint, arguments.max_steps)
     if finished:
         trainer.state, metrics = finished, {}
@@ -554,9 +557,12 @@ def train(recipe: TrainingRecipe, resume: bool = False, model: PreTrainedModel |
     return metrics
 
 
-def save_recipe(recipe: TrainingRecipe, folder: Path) -> None:
+def save_history(recipe: TrainingRecipe, folder: Path) -> None:
+    """Save the recipe, and beside it what is known of how its model was made."""
+    if recipe.model:
+        copy_history(recipe.model, folder)
     text = yaml.safe_dump(recipe.model_dump(exclude_unset=True, exclude_none=True), sort_keys=False)
-    (folder / "recipe.yaml").write_text(text)
+    (folder / RECIPE_NAME).write_text(text)
 
 
 @built_whole()

@@ -27,11 +27,13 @@ from .quantization import added_linear_modules, default_skips, widened_quantizat
 from .reports import UpcyclingEstimate, UpcyclingReport
 from .sources import (
     LAYER,
+    REPORT_NAME,
     account_for_tensors,
     check_tensors,
     copy_companions,
     count_parameters,
     file_states,
+    inherited_metadata,
     quantization_method,
     read_family,
     read_source_config,
@@ -66,7 +68,6 @@ from .writing import (
     unfinished_place,
 )
 
-REPORT_NAME = "upcycling_report.json"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # others: what is added is bfloat16
 PROCESS_MEMORY = 500_000_000  # bytes: torch, transformers and buffers
 
@@ -271,6 +272,7 @@ def carry_out(plan: UpcyclingPlan, progress: Watch) -> UpcyclingReport:
             untied=plan.untied, mtp_layers=recipe.mtp_layers, dropped=plan.dropped,
             source_parameters=plan.source_parameters, added_parameters=plan.added_parameters,
             options=recipe.model_dump(exclude={"source", "output", "restart"}), source_sha256=hashes,
+            source_card=inherited_metadata(plan.folder),
             other_files=[path.name for path in plan.source.other_files], verification=verification,
             linked=folder.linked,
         )  # fmt: skip

@@ -64,6 +64,7 @@ def widened(**options) -> dict:
 
 SOURCE_STEPS = [150, 600, 1200]
 WIDTHS = [(2, 3), (4, 8), (4, 16), (4, 32)]
+DEEPER = {"num_hidden_layers": 12}
 RATES = [2e-3, 4e-3, 8e-3, 16e-3]
 GROUPS = {
     "rates": [
@@ -77,6 +78,9 @@ GROUPS = {
         Row("olmoe-mtp", vwn(1, 1, vwn_dynamic=False, vwn_carry="identity", num_mtp_layers=1)),
         *(Row(f"{name_of(m, n)}-mtp", vwn(m, n, num_mtp_layers=1)) for m, n in WIDTHS),
     ],
+    "width-at-m-2": [Row(name_of(2, n), vwn(2, n)) for n in (8, 16)],  # with (2, 3) and (2, 4) above and below
+    "longer": [Row("olmoe-3600", steps=3600), Row("vwn-2-4-3600", vwn(2, 4), steps=3600)],
+    "deeper": [Row("olmoe-12", DEEPER), Row("vwn-2-4-12", DEEPER | vwn(2, 4))],
     "parts": [
         Row("vwn-4-8-no-group-norm", vwn(4, 8, vwn_group_norm=False)),  # (2, 3) has none
         Row("vwn-2-4", vwn(2, 4)),
