@@ -19,6 +19,7 @@ The classes of a family, `VwnOlmoeConfig`, `VwnOlmoeModel`, `VwnOlmoeForCausalLM
 
 import copy
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,7 @@ from functools import cache, partial, wraps
 from types import SimpleNamespace
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
@@ -702,3 +704,14 @@ def register_classes(backbone: Backbone, classes: SimpleNamespace) -> None:
     if conversion is not None:
         register_checkpoint_conversion_mapping(backbone.vwn_model_type, conversion, overwrite=True)
     register_with_peft(backbone.model_type, backbone.vwn_model_type)
+    show_to_server(classes.ForCausalLM)
+
+
+def show_to_server(model_class: type) -> None:
+    """Put a class where `transformers serve` looks for it: in the module `transformers` that the server has imported.
+
+    That may be an older object than ours, as transformers runs its own `__init__` twice (`direct_transformers_import`).
+    """
+    server = sys.modules.get("transformers.cli.serving.model_manager")
+    for module in (transformers, *([server.transformers] if server else [])):
+        setattr(module, model_class.__name__, model_class)
