@@ -40,6 +40,8 @@ ORDER = [
     "metrics",
     "estimation",
     "comparison",
+    "task_loading",
+    "lm_eval_model",
     "evaluation",
     "publishing",
     "demo",

@@ -1,18 +1,39 @@
-"""lm-eval through our command, on a task made from real text."""
+"""Checkpoints measured side by side through our command: scores, paired tests, what runs and what cannot."""
 
 import argparse  # noqa: F401  a text
 import ast  # noqa: F401  a text
 import json
+import math
 import subprocess
 import sys
 import typing  # noqa: F401  a text
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
-from conftest import tiny_vwn
-from transformers import PreTrainedTokenizerFast
+import torch
+from evaluation_data import (
+    index_stock_tasks_once,
+    save_checkpoint,
+    write_agieval,
+    write_arc,
+    write_extra,
+    write_gsm8k,
+    write_piqa,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vwn_hf.evaluation import EvaluationRecipe, evaluate, results_table, write_continuation_task
+from vwn_hf import evaluation
+from vwn_hf.evaluation import (
+    EvaluationRecipe,
+    evaluate,
+    main_metric,
+    notes,
+    paired_test,
+    results_table,
+    write_continuation_task,
+)
 
 
 def source_texts():
@@ -21,18 +42,52 @@ def source_texts():
     ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def stock_tasks():
+    undo = index_stock_tasks_once()
+    yield
+    undo()
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     texts = source_texts()
     return write_continuation_task(texts, tmp_path_factory.mktemp("task"), "tiny_continuation", items=12, context=60)
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tokenizer_file, tmp_path_factory):
+    """A backbone and a VWN of random weights."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return [save_checkpoint(folder / name, tokenizer_file, vwn=name == "vwn") for name in ("backbone", "vwn")]
+
+
 @pytest.fixture
-def checkpoint(tokenizer_file, tmp_path):
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>")
-    tiny_vwn("olmoe", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+def data(tmp_path, monkeypatch):
+    """The working directory, where a data set's folder is found by the data set's name."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails a test in which a model is loaded."""
+
+    def refuse(*_, **__):
+        raise AssertionError("A model was loaded.")
+
+    monkeypatch.setattr(evaluation, "measure", refuse)
+
+
+def table_text(results):
+    from rich.console import Console
+
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(results_table(results))
+    return captured.get()
 
 
 def test_the_task_holds_one_true_continuation_per_item(task):
@@ -44,35 +99,212 @@ def test_the_task_holds_one_true_continuation_per_item(task):
         assert true[item["label"]]
 
 
-def test_scores_agree_with_log_likelihoods_taken_by_hand(task, checkpoint, tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    recipe = EvaluationRecipe(
-        checkpoints=[checkpoint], tasks=["tiny_continuation"], include_path=str(task), output=str(tmp_path / "r.json")
-    )
-    results = evaluate(recipe)
-    accuracy = results[checkpoint]["tiny_continuation"]["acc,none"]
-
+def right_by_hand(checkpoint, task):
+    """For each item, whether the true ending has the highest log-likelihood."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     right = []
     for line in (task / "tiny_continuation.jsonl").read_text().splitlines():
         item, scores = json.loads(line), []
         for choice in item["choices"]:
-            start = len(tokenizer(item["context"]).input_ids)
-            ids = torch.tensor([tokenizer(item["context"] + choice).input_ids])
+            context = tokenizer(item["context"].rstrip()).input_ids  # lm-eval gives spaces to the ending
+            ids = context + tokenizer(item["context"] + choice).input_ids[len(context) :]
             with torch.no_grad():
-                logs = model(ids).logits[0].log_softmax(-1)
-            scores.append(sum(logs[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])))
+                logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(logs[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
         right.append(scores.index(max(scores)) == item["label"])
-    assert accuracy == pytest.approx(sum(right) / len(right), abs=1 / 12 + 1e-6)  # one tie or token border may differ
-    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(results, default=str))
-    assert results_table(results).row_count == 2
+    return np.array(right, dtype=float)
 
 
-def test_unknown_tasks_are_named(task, checkpoint):
-    with pytest.raises(ValueError, match="no task 'nothing_here'"):
-        evaluate(EvaluationRecipe(checkpoints=[checkpoint], tasks=["nothing_here"], include_path=str(task)))
+def test_scores_and_differences_agree_with_log_likelihoods_taken_by_hand(task, checkpoints, tmp_path):
+    output = tmp_path / "new" / "results.json"
+    recipe = EvaluationRecipe(
+        checkpoints=checkpoints, tasks=["tiny_continuation"], include_path=str(task), output=str(output),
+        base=checkpoints[1],
+    )  # fmt: skip
+    results = evaluate(recipe)
+    other, base = (right_by_hand(checkpoint, task) for checkpoint in checkpoints)
+    for checkpoint, right in zip(checkpoints, (other, base), strict=True):
+        scores = results["scores"][checkpoint]["tiny_continuation"]
+        assert scores["acc,none"] == pytest.approx(right.mean())
+        assert scores["acc_stderr,none"] == pytest.approx(right.std(ddof=1) / math.sqrt(12))
+    assert other.tolist() != base.tolist()  # or the test below says little
+    info = results["tasks"]["tiny_continuation"]
+    assert info == {
+        "dataset": "json", "config": None, "split": "test", "num_fewshot": 0, "version": 1.0, "items": 12,
+        "main_metric": "acc_norm,none", "higher_is_better": True, "benchmark": None, "part_of": None,
+    }  # fmt: skip
+    assert results["base"] == checkpoints[1] and list(results["paired"]) == [checkpoints[0]]
+    test = results["paired"][checkpoints[0]]["tiny_continuation"]
+    scores = [results["scores"][checkpoint]["tiny_continuation"]["acc_norm,none"] for checkpoint in checkpoints]
+    assert test["difference"] == pytest.approx(scores[0] - scores[1]) and test["items"] == 12
+    assert json.loads(output.read_text()) == results
+    assert [file.name for file in output.parent.iterdir()] == ["results.json"]
+    text = table_text(results)
+    assert f"{scores[0]:.4f} ±" in text and f"{test['difference']:+.4f} ±" in text and f"{test['p']:.3g}" in text
+
+
+@pytest.mark.parametrize(("positive", "negative"), [(0, 0), (5, 0), (7, 2), (3, 3), (40, 21), (900, 1000)])
+def test_p_of_right_and_wrong_answers_is_the_exact_binomial_one(positive, negative):
+    from scipy.stats import binomtest
+
+    differences = [1.0] * positive + [-1.0] * negative + [0.0] * 10
+    mean, stderr, p = paired_test(differences)
+    number = positive + negative
+    assert p == pytest.approx(binomtest(positive, number).pvalue if number else 1.0)
+    assert mean == pytest.approx((positive - negative) / len(differences))
+    assert stderr == pytest.approx(np.std(differences, ddof=1) / math.sqrt(len(differences)))
+
+
+@pytest.mark.parametrize("number", [6, 14, 60])
+def test_p_of_graded_scores_is_that_of_all_sign_flips(number):
+    from scipy.stats import permutation_test
+
+    differences = np.random.default_rng(number).normal(0.3, 1.0, number)
+    reference = permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=50_000, rng=np.random.default_rng(1)
+    ).pvalue
+    _, _, p = paired_test([*differences, 0.0, 0.0])
+    assert p == pytest.approx(reference, abs=1e-9 if number <= 14 else 0.01)
+    assert paired_test([0.25]) == (0.25, None, 1.0)
+
+
+def test_the_main_metric_is_the_stated_one_else_the_usual_one():
+    metrics = ["acc,none", "acc_norm,none", "exact_match,strict-match", "exact_match,flexible-extract"]
+    assert main_metric(metrics, []) == "acc_norm,none"
+    assert main_metric(metrics, ["f1,none", "acc,none"]) == "acc,none"
+    assert main_metric(metrics[2:], ["f1,none"]) == "exact_match,strict-match"
+    assert main_metric(["brier,none"], []) == "brier,none"
+
+
+def test_a_score_that_is_no_mean_of_items_is_not_paired(checkpoints, tmp_path):
+    rows = "".join(json.dumps({"text": text[:300]}) + "\n" for text in source_texts())
+    (tmp_path / "texts.jsonl").write_text(rows)
+    (tmp_path / "tiny_perplexity.yaml").write_text(
+        "task: tiny_perplexity\ndataset_path: json\noutput_type: loglikelihood_rolling\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/texts.jsonl}}}}\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]\n"
+    )
+    results = evaluate(EvaluationRecipe(checkpoints=checkpoints, tasks=["tiny_perplexity"], include_path=str(tmp_path)))
+    assert results["tasks"]["tiny_perplexity"]["higher_is_better"] is False
+    assert results["scores"][checkpoints[0]]["tiny_perplexity"]["byte_perplexity,none"] > 1
+    assert results["paired"] == {checkpoints[1]: {}}
+    assert "byte_perplexity" in table_text(results)
+
+
+def test_a_stopped_run_goes_on_and_new_weights_are_measured_anew(data, tokenizer_file, tmp_path, monkeypatch):
+    from vwn_hf.lm_eval_model import VwnLM
+
+    write_piqa(data, items=9)
+    checkpoint, cache, calls = save_checkpoint(tmp_path / "model", tokenizer_file), tmp_path / "answers", []
+    call = VwnLM._model_call
+
+    def counted(self, inputs, *args, **kwargs):
+        calls.append(len(inputs))
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return call(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(VwnLM, "_model_call", counted)
+    recipe = EvaluationRecipe(checkpoints=[checkpoint], tasks=["piqa"], cache=str(cache), batch_size=4)
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(recipe)
+    done = sum(calls[:-1])
+    calls, stop = [], 0
+    first = evaluate(recipe)
+    assert done == 8 and sum(calls) == 18 - done
+    calls = []
+    assert evaluate(recipe)["scores"] == first["scores"] and not calls
+    save_checkpoint(tmp_path / "model", tokenizer_file, seed=1)
+    changed = evaluate(recipe)
+    assert sum(calls) == 18
+    assert changed["scores"] == evaluate(recipe.model_copy(update={"cache": None}))["scores"]
+
+
+def test_a_collection_runs_what_it_can_and_says_why_it_runs_no_more(data, checkpoints, monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    write_arc(data, "ARC-Challenge", test=6, train=30)
+    write_gsm8k(data, items=4)  # has fewer than the 8 examples that the collection wants
+    write_agieval(data, "sat-math")
+    write_extra(data)
+    results = evaluate(EvaluationRecipe(checkpoints=checkpoints, collection="A", limit=5, max_gen_toks=24))
+    tasks, not_run = results["tasks"], results["not_run"]
+    shown = {info["benchmark"]: (info["num_fewshot"], info["items"], info["main_metric"]) for info in tasks.values()}
+    assert shown == {
+        "ARC-Challenge": (25, 5, "acc_norm,none"),
+        "AGIEval": (0, 5, "acc,none"),
+        None: (0, 5, "acc,none"),  # the one subject of AGIEval that is there
+        "Ape210K": (3, 5, "exact_match,none"),
+    }
+    assert tasks["agieval_sat_math"]["part_of"] == "agieval" and tasks["agieval"]["part_of"] is None
+    assert "EleutherAI/drop" in not_run["drop"] and "folder of that name in the working directory" in not_run["drop"]
+    assert "more than" in not_run["gsm8k"] or "arger" in not_run["gsm8k"]
+    assert {"mmlu", "bbh", "ceval-valid", "mmlu_pro", "vwn_math", "agieval_logiqa_en"} <= not_run.keys()
+    assert not any(name.startswith(("mmlu_abstract", "ceval-valid_", "minerva_")) for name in not_run)
+    assert all("--confirm-run-unsafe-code" in not_run[task] for task in ("mbpp", "humaneval"))
+    assert results["truncated"][checkpoints[0]]["arc_challenge"] == 5  # 25 examples in 256 tokens
+    text = table_text(results)
+    assert "ARC-Challenge" in text and "sat_math" not in text
+    lines = "\n".join(notes(results))
+    assert "lost their beginning" in lines and "Only the first 5 items" in lines and "capped at 24" in lines
+    results = evaluate(EvaluationRecipe(checkpoints=checkpoints[:1], collection="B", limit=3, max_gen_toks=24))
+    assert {info["benchmark"] for info in results["tasks"].values()} == {
+        "AGIEval", "KOR-Bench (all; the paper's Easy part is not public)", None,
+    }  # fmt: skip
+    assert "40 languages" in results["not_run"]["McEval"] and "licence" in results["not_run"]["Chinese SimpleQA"]
+    assert results["base"] is None and results["paired"] == {}
+
+
+def refused(match, **settings):
+    with pytest.raises(ValueError, match=match) as refusal:
+        evaluate(EvaluationRecipe(**settings))
+    return str(refusal.value)
+
+
+def test_what_cannot_run_is_refused_before_a_model_is_loaded(data, checkpoints, tmp_path, no_model, monkeypatch):
+    write_arc(data, "ARC-Easy", test=3, train=3)
+    write_gsm8k(data, items=4)
+    one = {"checkpoints": checkpoints[:1]}
+    refused("no task 'nothing_here'", **one, tasks=["nothing_here"])
+    text = refused("Couldn't reach 'baber/piqa'", **one, tasks=["arc_easy", "piqa", "drop"])
+    assert "EleutherAI/drop" in text and "go online" in text and "arc_easy" not in text
+    refused("Nothing was run. mbpp: .*--confirm-run-unsafe-code", **one, tasks=["mbpp"])
+    refused("code_eval/code_eval.py", **one, tasks=["mbpp"], confirm_run_unsafe_code=True)
+    refused("up to 256 tokens, and the models' context is 256: .*--max-gen-toks", **one, tasks=["gsm8k"])
+    refused("gsm8k", **one, tasks=["gsm8k"], max_gen_toks=9, num_fewshot=7)  # of 6 examples
+    refused("cannot be read", checkpoints=[checkpoints[0], str(tmp_path / "gone")], tasks=["arc_easy"])
+    refused("Nothing of collection B can run", **one, collection="B")
+    refused("no MTP modules", checkpoints=checkpoints, tasks=["arc_easy"], draft=True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    refused("3 items cannot be split over 4 processes", **one, tasks=["arc_easy"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"tasks": []}, "nothing to run"),
+        ({"collection": "C"}, "'A' or 'B'"),
+        ({"checkpoints": ["x", "x"]}, "given twice"),
+        ({"base": "y"}, "must be one of the checkpoints"),
+        ({"batch_size": "many"}, "neither a positive number nor auto"),
+        ({"batch_size": 0}, "neither a positive number nor auto"),
+        ({"limit": 0}, "greater than 0"),
+        ({"bacth_size": 3}, "Extra inputs"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(settings, match):
+    with pytest.raises(ValueError, match=match):
+        EvaluationRecipe(**{"checkpoints": ["x"], "tasks": ["piqa"], **settings})
+
+
+def test_a_cache_over_gpus_needs_a_batch_size(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    recipe = EvaluationRecipe(checkpoints=["x"], tasks=["piqa"], cache="answers")
+    with pytest.raises(ValueError, match="needs a batch size"):
+        evaluation.refuse_cache_that_hangs(recipe, processes=2)
+    evaluation.refuse_cache_that_hangs(recipe, processes=1)
+    evaluation.refuse_cache_that_hangs(recipe.model_copy(update={"batch_size": 8}), processes=2)
 
 
 def test_without_lm_eval_the_error_says_what_to_install():

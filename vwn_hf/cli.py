@@ -218,27 +218,63 @@ def show_estimates(recipe, settings: dict, model_config: str | None, widening: s
 
 @app.command()
 def evaluate(
-    checkpoints: Annotated[list[str], typer.Argument(help="Folders or Hub ids.")],
-    tasks: Annotated[list[str], typer.Option(help="lm-eval tasks; repeat, or separate by commas.")],
+    checkpoints: Annotated[list[str], typer.Argument(help="Folders, adapters' among them, or Hub ids.")],
+    tasks: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="lm-eval tasks; repeat, or separate by commas. All must run."),
+    ] = None,
     recipe: RecipeOption = None,
+    collection: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The paper's benchmarks, A or B; those that cannot run are listed."),
+    ] = None,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Checkpoint that the others are held against; default: the first."),
+    ] = None,
     include_path: Annotated[Optional[str], typer.Option(help="Folder with more tasks.")] = None,  # noqa: UP045
     limit: Annotated[Optional[int], typer.Option(help="Items per task.")] = None,  # noqa: UP045
-    batch_size: Annotated[str, typer.Option(help="Or auto.")] = "8",
+    batch_size: Annotated[str, typer.Option(help="auto: the largest that fits on a GPU; 8 on a CPU.")] = "auto",
     num_fewshot: Annotated[Optional[int], typer.Option(help="Default: the task's own.")] = None,  # noqa: UP045
+    max_gen_toks: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Cap on the tokens that a task generates."),
+    ] = None,
+    draft: Annotated[bool, typer.Option(help="Generate by multi-token prediction, one item at a time.")] = False,
+    confirm_run_unsafe_code: Annotated[bool, typer.Option(help="Run code that the model writes.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let checkpoints run code of their own.")] = False,
+    cache: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Folder to keep answers in, so that a stopped run goes on."),
+    ] = None,
     output: Annotated[Optional[str], typer.Option(help="JSON file for the results.")] = None,  # noqa: UP045
 ) -> None:
-    """Measure checkpoints with lm-eval, side by side."""
-    from .evaluation import EvaluationRecipe, results_table
+    """Measure checkpoints with lm-eval, side by side, and test each against the first."""
+    from .evaluation import EvaluationRecipe, notes, results_table
     from .evaluation import evaluate as run
 
-    settings = {k: v for k, v in locals().items() if k not in ("recipe", "run", "EvaluationRecipe", "results_table")}
-    settings["tasks"] = [task for entry in tasks for task in entry.split(",")]
-    settings["batch_size"] = int(batch_size) if batch_size.isdigit() else batch_size
+    settings = {key: value for key, value in locals().items() if key in EvaluationRecipe.model_fields}
+    settings["tasks"] = [task for entry in tasks or [] for task in entry.split(",")]
     with clear_errors():
         results = run(EvaluationRecipe(**settings))
+    if results is None:  # another process has them
+        return
     from rich.console import Console
 
     Console().print(results_table(results))
+    for note in notes(results):
+        typer.echo(note)
+
+
+@app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True})
+def lm_eval(
+    arguments: Annotated[Optional[list[str]], typer.Argument(help="As for lm-eval.")] = None,  # noqa: UP045
+) -> None:
+    """Run lm-eval's own command, in which `--model vwn` is known; all arguments are its own."""
+    with clear_errors():
+        from .lm_eval_model import hand_over
+
+        hand_over(arguments or [])
 
 
 @app.command()

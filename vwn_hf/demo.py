@@ -65,7 +65,7 @@ def run(output: Path, recipes: Path) -> None:
         ],
         EvaluationRecipe,
     )
-    scores = evaluate(recipe)
+    scores = evaluate(recipe)["scores"]
 
     console.rule("6 · Generate through AutoModelForCausalLM")
     console.print(generate(output / "vwn-continued"), markup=False, highlight=False)
