@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: demo test lint conformance clean
+.PHONY: demo test lint conformance card clean
 
 # torch first and alone: a range that admits another version would bring gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,6 +25,12 @@ lint: $(VENV)/.installed  ## what CI fails on
 
 conformance: $(VENV)/.installed  ## transformers' own model tests over the VWN classes
 	$(BIN)/python tests/conformance/run.py
+
+card: $(VENV)/.installed  ## model_cards/demo anew from the demo's run, without weights and tokenizer
+	mkdir -p model_cards/demo
+	cp $(RUN)/vwn-continued/*.json $(RUN)/vwn-continued/*.yaml $(RUN)/vwn-continued/*.png model_cards/demo/
+	rm -f model_cards/demo/tokenizer*.json
+	$(BIN)/vwn-hf card model_cards/demo --repo-id vwn-hf/demo
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -43,6 +43,7 @@ ORDER = [
     "task_loading",
     "lm_eval_model",
     "evaluation",
+    "cards",
     "publishing",
     "demo",
     "cli",

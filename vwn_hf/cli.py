@@ -266,6 +266,34 @@ def evaluate(
         typer.echo(note)
 
 
+@app.command()
+def card(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a VWN checkpoint.")],
+    results: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="File of vwn-hf evaluate; repeat for more; default: results.json in the folder."),
+    ] = None,
+    base_model: Annotated[Optional[str], typer.Option(help="Hub id of what was upcycled.")] = None,  # noqa: UP045
+    license: Annotated[Optional[str], typer.Option(help="Default: the source's.")] = None,  # noqa: UP045
+    language: Annotated[Optional[list[str]], typer.Option(help="Default: the source's.")] = None,  # noqa: UP045
+    dataset: Annotated[Optional[list[str]], typer.Option(help="Default: the recipes'.")] = None,  # noqa: UP045
+    repo_id: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="That the code in the card loads; default: the folder's name."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a README.md made or changed by hand.")] = False,
+) -> None:
+    """Write a checkpoint's model card, with its pictures, from its files."""
+    from .cards import write_card
+
+    with clear_errors():
+        path = write_card(
+            checkpoint, results=results or [], base_model=base_model, license=license, languages=language or [],
+            datasets=dataset or [], repo_id=repo_id, overwrite=overwrite,
+        )  # fmt: skip
+    typer.echo(path)
+
+
 @app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True})
 def lm_eval(
     arguments: Annotated[Optional[list[str]], typer.Argument(help="As for lm-eval.")] = None,  # noqa: UP045

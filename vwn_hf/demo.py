@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from .cards import write_card
 from .comparison import COLORS, loss_curve, new_figure, training_runtime
 from .data import write_instruction_set, write_standard_library_corpus
 from .evaluation import EvaluationRecipe, evaluate, write_continuation_task
@@ -75,7 +76,11 @@ def run(output: Path, recipes: Path) -> None:
     table = result_table(output, report, scores)
     console.print(table)
     (output / "README.md").write_text(summary(output, report, scores))
-    console.print(f"Everything is in {output}: losses.png, results.json, README.md and the checkpoints.")
+    shutil.copyfile(output / "results.json", output / "vwn-continued" / "results.json")
+    card = write_card(output / "vwn-continued")
+    console.print(
+        f"Everything is in {output}: losses.png, results.json, README.md, the checkpoints, and a card: {card}."
+    )
     console.print(f"Finished in {time.perf_counter() - start:.0f} s.")
 
 
