@@ -21,7 +21,7 @@ from vwn_hf.metrics import Curve, efficiency
 HERE = Path(__file__).parent
 TOKENS_PER_STEP = 4 * 256
 COLORS = ["#555555", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]  # Okabe & Ito: for every eye
-WIDTHS = {"vwn-2-3": 1.5, "vwn-4-8": 2.0, "vwn-4-16": 4.0, "vwn-4-32": 8.0}
+WIDTHS = [1.5, 2.0, 4.0, 8.0]
 
 
 class Runs:
@@ -56,6 +56,12 @@ def tokens(run: dict) -> list[int]:
 def curve(run: dict) -> Curve:
     points = dict(zip(tokens(run), run["curve"]["eval_loss"], strict=True))  # the last evaluation comes twice
     return Curve([*points], [*points.values()])
+
+
+def ratio_of(name: str) -> float:
+    """r of a row's name: vwn-4-8-mtp -> 2; 1 of a plain backbone's."""
+    m, n = (int(part) for part in name.split("-")[1:3]) if name.startswith("vwn") else (1, 1)
+    return n / m
 
 
 def mean_and_spread(values: list[float], digits: int = 4) -> str:
@@ -105,18 +111,52 @@ def rates_table(runs: Runs) -> str:
 
 
 def width_table(runs: Runs) -> str:
-    lines, baseline = [], runs.of("width", "olmoe")
+    lines, baseline, with_mtp = [], runs.of("width", "olmoe"), runs.of("width-mtp", "olmoe-mtp")
     for group in ("width", "width-mtp"):
         for name, results in runs.rows[group].items():
             next_two = [final(run, "eval_mtp_loss_1") for run in results] if group == "width-mtp" else []
             lines.append([
-                name, f"{WIDTHS.get(name.removesuffix('-mtp'), 1.0):g}", str(len(results)),
+                name, f"{ratio_of(name):g}", str(len(results)),
                 mean_and_spread([final(run) for run in results]), mean_and_error(paired(results, baseline)),
+                mean_and_error(paired(results, with_mtp)) if group == "width-mtp" else "—",
                 efficiencies(results, baseline), mean_and_spread(next_two) if next_two else "—",
                 cpu_ratio(results, baseline),
             ])  # fmt: skip
-    columns = ["model", "r", "seeds", "held-out loss", "against OLMoE", "token efficiency", "next-2-token loss"]
-    return markdown([*columns, "CPU time"], lines)
+    columns = ["model", "r", "seeds", "held-out loss", "against OLMoE", "against OLMoE with MTP", "token efficiency"]
+    return markdown([*columns, "next-2-token loss", "CPU time"], lines)
+
+
+def at_m_2(runs: Runs) -> dict[str, list[dict]]:
+    """The rows with two segments, in the order of their widths."""
+    rows = {"vwn-2-3": runs.of("width", "vwn-2-3"), "vwn-2-4": runs.of("parts", "vwn-2-4")}
+    return {name: results for name, results in (rows | runs.rows["width-at-m-2"]).items() if results}
+
+
+def width_at_m_2_table(runs: Runs) -> str:
+    lines, baseline = [], runs.of("width", "olmoe")
+    for name, results in at_m_2(runs).items():
+        losses = mean_and_spread([final(run) for run in results])
+        difference = mean_and_error(paired(results, baseline))
+        ratio = f"{ratio_of(name):g}"
+        lines.append([name, ratio, str(len(results)), losses, difference, cpu_ratio(results, baseline)])
+    return markdown(["model", "r", "seeds", "held-out loss", "against OLMoE", "CPU time"], lines)
+
+
+def scale_table(runs: Runs) -> str:
+    """VWN (2, 4) against OLMoE, with more tokens, and with more layers."""
+    cases = {
+        "1,200 steps, 6 layers": (runs.of("width", "olmoe"), runs.of("parts", "vwn-2-4")),
+        "3,600 steps, 6 layers": (runs.of("longer", "olmoe-3600"), runs.of("longer", "vwn-2-4-3600")),
+        "1,200 steps, 12 layers": (runs.of("deeper", "olmoe-12"), runs.of("deeper", "vwn-2-4-12")),
+    }
+    lines = [
+        [case, str(len(wide)), mean_and_spread([final(run) for run in plain]),
+         mean_and_spread([final(run) for run in wide]), mean_and_error(paired(wide, plain)),
+         efficiencies(wide, plain), cpu_ratio(wide, plain)]
+        for case, (plain, wide) in cases.items() if plain and wide
+    ]  # fmt: skip
+    columns = ["case", "seeds", "OLMoE", "VWN (2, 4)", "difference", "token efficiency", "CPU time"]
+    return markdown(columns, lines)
 
 
 def parts_table(runs: Runs) -> str:
@@ -131,10 +171,12 @@ def parts_table(runs: Runs) -> str:
 
 def upcycling_table(runs: Runs) -> str:
     lines = []
-    when, how = runs.rows["upcycled-when"], runs.rows["upcycled-how"]
+    when, how = runs.rows["upcycled-when"], runs.rows["upcycled-how"] | runs.rows["upcycled-gently"]
     for name, results in {**when, **how}.items():
         steps = results[0]["source_steps"]
-        baseline = how.get("plain-half-rate", []) if name.endswith("half-rate") else when[f"plain-from-{steps}"]
+        others = {"half-rate": "plain-half-rate", "1800-steps": "plain-1800-steps"}
+        other = next((plain for ending, plain in others.items() if name.endswith(ending)), None)
+        baseline = how.get(other, []) if other else when[f"plain-from-{steps}"]
         before = [run["curve"]["eval_loss"][0] for run in results]
         lines.append([
             name, f"{steps * TOKENS_PER_STEP / 1e6:.2f} M", str(len(results)), mean_and_spread(before),
@@ -147,10 +189,11 @@ def upcycling_table(runs: Runs) -> str:
 
 def law(runs: Runs, group: str, loss: str = "eval_loss"):
     """The fit of loss against log2(r) over all rows and seeds of a group; None without at least three widths."""
+    rows = at_m_2(runs) if group == "width-at-m-2" else runs.rows[group]
     points = [
-        (WIDTHS[name.removesuffix("-mtp")], final(run, loss))
-        for name, results in runs.rows[group].items()
-        if name.removesuffix("-mtp") in WIDTHS
+        (ratio_of(name), final(run, loss))
+        for name, results in rows.items()
+        if name.startswith("vwn")
         for run in results
     ]
     if len({ratio for ratio, _ in points}) < 3:
@@ -184,7 +227,7 @@ def plot_law(runs: Runs, path: Path) -> None:
         color, label = COLORS[2 + number], "with MTP" if number else "without MTP"
         axes.plot(*zip(*points, strict=True), "o" if not number else "s", color=color, label=f"VWN {label}")
         if fit is not None:
-            ends = [min(WIDTHS.values()), max(WIDTHS.values())]
+            ends = [min(WIDTHS), max(WIDTHS)]
             axes.plot(ends, [fit.slope * math.log2(r) + fit.intercept for r in ends], color=color, linewidth=1)
         baseline = runs.of(group, "olmoe-mtp" if number else "olmoe")
         if baseline:
@@ -192,7 +235,7 @@ def plot_law(runs: Runs, path: Path) -> None:
                 statistics.mean(final(run) for run in baseline), color=color, linestyle=":", label=f"OLMoE {label}"
             )
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(WIDTHS.values()), [f"{ratio:g}" for ratio in WIDTHS.values()])
+    axes.set_xticks(WIDTHS, [f"{ratio:g}" for ratio in WIDTHS])
     axes.set(xlabel="r, virtual width ÷ width", ylabel="held-out loss (nats per token)")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
@@ -243,11 +286,12 @@ def plot_upcycling(runs: Runs, path: Path) -> None:
 
 def report(runs: Runs) -> str:
     sections = {
-        "Rates": rates_table(runs), "Width": width_table(runs), "Parts": parts_table(runs),
-        "Upcycling": upcycling_table(runs),
+        "Rates": rates_table(runs), "Width": width_table(runs), "Width at m = 2": width_at_m_2_table(runs),
+        "More tokens, more layers": scale_table(runs), "Parts": parts_table(runs), "Upcycling": upcycling_table(runs),
     }  # fmt: skip
     lines = []
-    for group, loss in (("width", "eval_loss"), ("width-mtp", "eval_loss"), ("width-mtp", "eval_mtp_loss_1")):
+    fits = [("width", "eval_loss"), ("width-mtp", "eval_loss"), ("width-mtp", "eval_mtp_loss_1")]
+    for group, loss in [*fits, ("width-at-m-2", "eval_loss")]:
         fit, points = law(runs, group, loss)
         if fit is not None:
             lines.append(

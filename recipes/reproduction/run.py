@@ -108,6 +108,14 @@ GROUPS = {
         train_on("vwn-4-16", {"segments": 4, "slots": 16}),
         train_on("vwn-frac-4-4", {"segments": 4, "slots": 4}),
     ],
+    "upcycled-gently": [  # what "upcycled-how" found to help, taken further and together
+        train_on("vwn-added-rate-x0.1", widened(), recipe={"added.learning_rate": 0.1 * BASELINE_RATE}),
+        train_on("vwn-added-rate-x0.1-mtp", widened(mtp_layers=1), recipe={"added.learning_rate": 0.1 * BASELINE_RATE}),
+        train_on("plain-1800-steps", steps=1800),
+        train_on(
+            "vwn-added-rate-x0.1-1800-steps", widened(), steps=1800, recipe={"added.learning_rate": 0.1 * BASELINE_RATE}
+        ),
+    ],
 }
 
 
