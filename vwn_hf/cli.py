@@ -306,6 +306,35 @@ def lm_eval(
 
 
 @app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a VWN checkpoint, or of a delta.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    delta: Annotated[bool, typer.Option("--delta", help="Upload only what VWN added, for apply-delta.")] = False,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Hub id of the delta's base; default: the one that was upcycled."),
+    ] = None,
+    trained: Annotated[bool, typer.Option("--trained", help="Put its trained tensors into the delta, too.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch; default: the main one.")] = None,  # noqa: UP045
+    message: Annotated[Optional[str], typer.Option(help="Of the commit.")] = None,  # noqa: UP045
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; upload nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list and the commit as JSON.")] = False,
+) -> None:
+    """Upload a checkpoint, or its delta, with its card to the Hub; the token is that of `hf auth login` or HF_TOKEN."""
+    from .publishing import push as run
+
+    with clear_errors(), progress_bars() as progress:
+        result = run(
+            checkpoint, repo_id, private=private, delta=delta, base=base, trained=trained, revision=revision,
+            message=message, create_pr=create_pr, dry_run=dry_run, progress=progress,
+            announce=lambda listed: None if as_json else typer.echo(listed.listing()),
+        )  # fmt: skip
+    typer.echo(result.as_json() if as_json else result.summary())
+
+
+@app.command()
 def compare(
     runs: Annotated[Optional[list[Path]], typer.Argument(help="Output folders of training runs.")] = None,  # noqa: UP045
     group: Annotated[
