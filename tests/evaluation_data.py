@@ -66,6 +66,35 @@ def write_agieval(root: Path, subject: str) -> None:
     write_split(root / f"hails/agieval-{subject}", None, "test", rows)
 
 
+CODE_EVAL = """
+import os
+import datasets
+import evaluate
+
+class CodeEval(evaluate.Metric):
+    def _info(self):
+        features = {"predictions": datasets.Sequence(datasets.Value("string")), "references": datasets.Value("string")}
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(features))
+
+    def _compute(self, predictions, references, k=(1,)):
+        if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+            raise ValueError("Set HF_ALLOW_CODE_EVAL to 1.")
+        return {"pass@1": 0.0}, {}
+"""
+
+
+def write_code_tasks(root: Path) -> None:
+    """Data of MBPP and HumanEval, and a metric in the place of the Hub's code_eval, which runs nothing."""
+    mbpp = [{"task_id": i, "text": "Add.", "code": "def add(a): return a", "test_list": ["assert add(1) == 1"] * 3}
+            for i in range(2)]  # fmt: skip
+    write_split(root / "google-research-datasets/mbpp", "full", "test", mbpp)
+    humaneval = [{"task_id": f"HumanEval/{i}", "prompt": "def add(a):\n", "canonical_solution": "    return a\n",
+                  "test": "def check(add): pass", "entry_point": "add"} for i in range(2)]  # fmt: skip
+    write_split(root / "openai/openai_humaneval", None, "test", humaneval)
+    (root / "code_eval").mkdir()
+    (root / "code_eval/code_eval.py").write_text(CODE_EVAL)
+
+
 def write_extra(root: Path) -> None:
     ape = [
         {"id": str(i), "question": f"{i}加{i}是多少？", "equation": f"x={i}+{i}", "answer": str(2 * i)}

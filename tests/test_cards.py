@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import randomize, tiny_model, tiny_vwn
 from huggingface_hub import ModelCard, parse_eval_result_entries
@@ -16,7 +17,7 @@ from small_runs import ROWS, trainer_of
 from transformers import PreTrainedTokenizerFast
 
 from vwn_hf import upcycle
-from vwn_hf.cards import cell, shorten, write_card
+from vwn_hf.cards import cell, shorten, static_routing, training_summary, write_card
 
 DEMO = Path(__file__).parents[1] / "model_cards" / "demo"
 CARD = "---\nlicense: other\nlicense_name: mine\nlanguage: [en, de]\ndatasets: [owner/text]\n---\n# Source\n"
@@ -120,7 +121,7 @@ def test_results_are_in_table_index_and_benchmark_files(trained):
     (path,) = (trained / ".eval_results").iterdir()  # the local task is no benchmark
     (entry,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
     assert (path.name, entry.dataset_id, entry.task_id, entry.value, entry.date) == (
-        "allenai_ai2_arc.yaml", "allenai/ai2_arc", "ARC-Easy", 0.35, "2026-01-02",
+        "vwn-hf-allenai_ai2_arc.yaml", "allenai/ai2_arc", "ARC-Easy", 0.35, "2026-01-02",
     )  # fmt: skip
     assert "3-shot" in entry.notes and "0.0750" in entry.notes
 
@@ -133,6 +134,121 @@ def test_parts_of_benchmarks_are_no_results_of_them(trained, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps(results_of("another")))
     with pytest.raises(ValueError, match=r"has scores of .*another; which are those of trained"):
         write_card(trained, results=[tmp_path / "other.json"])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"limit": 20}, "Only the first 20 items"),
+        ({"max_gen_toks": 16}, "Answers were cut off after 16 tokens."),
+        ({"left_out": ["a", "b"]}, "| ARC, without 2 of its parts |"),
+    ],
+)
+def test_entries_that_hold_no_longer_go(trained, more, words):
+    (trained / ".eval_results").mkdir()
+    (trained / ".eval_results" / "mine.yaml").write_text("[]")
+    results = results_of("trained")
+    results["tasks"] = {"arc_easy": results["tasks"]["arc_easy"] | {"benchmark": "ARC"}}
+    path = trained / "results.json"
+    path.write_text(json.dumps(results))
+    write_card(trained)
+    assert len([*(trained / ".eval_results").iterdir()]) == 2
+    results["tasks"]["arc_easy"]["left_out"] = more.pop("left_out", [])
+    path.write_text(json.dumps(results | more))
+    card = ModelCard.load(write_card(trained))
+    assert words in card.text and card.data.eval_results is None
+    assert [file.name for file in (trained / ".eval_results").iterdir()] == ["mine.yaml"]
+
+
+def test_cut_prompts_and_single_items_are_told(trained):
+    results = results_of("trained")
+    pair = {"difference": 1.0, "stderr": None, "p": 1.0, "items": 1}
+    results |= {
+        "tasks": {
+            "arc": results["tasks"]["arc_easy"] | {"benchmark": "ARC"},
+            "arc_easy": results["tasks"]["arc_easy"] | {"part_of": "arc"},
+        },
+        "scores": {name: scores | {"arc": scores["arc_easy"]} for name, scores in results["scores"].items()},
+        "paired": {"/a/b/trained": {"arc": pair}},
+        "truncated": {"/a/b/trained": {"arc_easy": 7, "arc": 1}},
+    }
+    (trained / "results.json").write_text(json.dumps(results))
+    text = write_card(trained).read_text()
+    assert "Prompts longer than the context lost their beginning; items: ARC 8." in text
+    assert "| +1.0000 (p = 1) |" in text
+    (path,) = (trained / ".eval_results").iterdir()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    assert entry.notes.endswith("prompts cut to the context")
+
+
+def test_local_tasks_stay_apart_and_are_no_data_sets_of_the_hub(trained):
+    results = results_of("trained")
+    info = results["tasks"]["arc_easy"] | {"config": None}
+    data = {"one": "json", "two": "json", "vwn_kor": "extra/kor"}
+    results["tasks"] = {task: info | {"dataset": dataset} for task, dataset in data.items()}
+    results["scores"] = {name: dict.fromkeys(results["tasks"], s["arc_easy"]) for name, s in results["scores"].items()}
+    (trained / "results.json").write_text(json.dumps(results))
+    entries = ModelCard.load(write_card(trained)).data.eval_results
+    assert [(entry.dataset_name, entry.dataset_type) for entry in entries] == [(task, task) for task in data]
+    assert not list((trained / ".eval_results").glob("*"))
+
+
+def test_origin_and_training_are_told_only_where_files_tell_them(trained, monkeypatch):
+    def beginning() -> tuple[str, str]:
+        text = write_card(trained).read_text()
+        return text.partition("## What it is")[0], text
+
+    for path in trained.glob("*.safetensors"):  # no picture of them is needed
+        path.unlink()
+    assert "upcycled from `source` and trained on." in beginning()[0]
+    state = json.loads((trained / "trainer_state.json").read_text())
+    state["log_history"] = [entry for entry in state["log_history"] if "train_loss" not in entry]
+    (trained / "trainer_state.json").write_text(json.dumps(state))
+    assert "for 4 steps; held-out" in beginning()[1] and "has not been trained" not in beginning()[1]
+    (trained / "upcycling_report.json").unlink()
+    (trained / "recipe.yaml").unlink()
+    assert "scratch" not in beginning()[0] and "Nothing beside" not in beginning()[1]
+    (trained / "recipe.yaml").write_text("config: {model_type: vwn_olmoe}\ndata: {train: {path: text/local}}\n")
+    assert "trained from scratch." in beginning()[0] and "source's" not in beginning()[1]
+    monkeypatch.chdir(trained)
+    Path("text/local").mkdir(parents=True)
+    assert ModelCard.load(write_card(trained)).data.datasets is None
+    (trained / "recipe.yaml").write_text("model: x\ndata: {train: {path: json}}\nfiles: /data/x/*.jsonl\n")
+    assert "scratch" not in beginning()[0] and "files: *.jsonl" in beginning()[1]
+
+
+def test_seconds_are_those_of_all_sessions():
+    end = {"train_loss": 1.0, "train_runtime": 10.0, "elapsed_seconds": 40.0}
+    state = {"global_step": 8, "num_input_tokens_seen": 800, "log_history": [end, {"elapsed_seconds": 45.0}]}
+    summary = training_summary(state)
+    assert (summary["seconds"], summary["speed"]) == (40.0, 20.0)
+    del end["elapsed_seconds"]
+    assert training_summary(state)["seconds"] == 10.0
+
+
+def test_an_upcycled_model_as_it_is(made, tmp_path):
+    folder = shutil.copytree(made / "upcycled", tmp_path / "upcycled")
+    text = write_card(folder).read_text()
+    assert "this model computes what its source does" in text and "trained on" not in text
+
+
+def test_routing_is_what_carries(tmp_path):
+    model = tiny_vwn("llama", vwn_carry="doubly_stochastic")
+    carry = model.model.layers[0].attention_connection.carry
+    torch.nn.init.constant_(carry.bias, 5.0)
+    model.save_pretrained(tmp_path)
+    routing = static_routing(tmp_path, model.config)
+    n, layers = model.config.vwn_slots, model.config.num_hidden_layers
+    assert len(routing["carry"]) == 2 * layers and routing["carry"][0] == pytest.approx([1 / n] * n)
+
+
+@pytest.mark.parametrize("name", ["results.json", "upcycling_report.json", "trainer_state.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_damaged_files_are_named(trained, name, content):
+    (trained / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        write_card(trained)
+    assert not (trained / "README.md").exists()
 
 
 def test_a_card_by_hand_is_not_overwritten(trained):
@@ -168,8 +284,9 @@ def test_what_is_no_vwn_checkpoint_is_refused(tmp_path):
 
 def test_text_from_files_is_no_markup():
     assert cell("a|b\n`c` *d* <e>") == r"a\|b \`c\` \*d\* \<e\>"
-    text = 'model: /home/me/a/base\ndata: "/data/x/train.jsonl"\nlocal: runs/demo/vwn\nurl: https://x.org/a/b'
+    text = 'model: /home/me/a/base/\ndata: "/data/x/train.jsonl"\nlocal: runs/demo/vwn\nurl: https://x.org/a/b'
     assert shorten(text) == 'model: base\ndata: "train.jsonl"\nlocal: runs/demo/vwn\nurl: https://x.org/a/b'
+    assert shorten("~/models/base, file:///home/me/x.json, a:/home/me/x") == "base, x.json, a:x"
 
 
 def test_the_demos_card_is_made_from_the_files_beside_it(tmp_path):

@@ -2,11 +2,14 @@
 
 import argparse  # noqa: F401  a text
 import ast  # noqa: F401  a text
+import importlib.util
 import json
 import math
 import subprocess
 import sys
 import typing  # noqa: F401  a text
+import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import datasets
@@ -18,6 +21,7 @@ from evaluation_data import (
     save_checkpoint,
     write_agieval,
     write_arc,
+    write_code_tasks,
     write_extra,
     write_gsm8k,
     write_piqa,
@@ -34,6 +38,7 @@ from vwn_hf.evaluation import (
     results_table,
     write_continuation_task,
 )
+from vwn_hf.task_loading import COLLECTIONS, TASKS, collection_metadata
 
 
 def source_texts():
@@ -68,7 +73,18 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path / "data")
-    return tmp_path / "data"
+    yield tmp_path / "data"
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.") and name.endswith(".utils")]:
+        del sys.modules[name]  # those of tasks that run code have read the metric that lay in the working directory
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """The scores of our own tasks, which lm-eval loads by their path."""
+    spec = importlib.util.spec_from_file_location("answers", TASKS / "answers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -132,6 +148,7 @@ def test_scores_and_differences_agree_with_log_likelihoods_taken_by_hand(task, c
     assert info == {
         "dataset": "json", "config": None, "split": "test", "num_fewshot": 0, "version": 1.0, "items": 12,
         "main_metric": "acc_norm,none", "higher_is_better": True, "benchmark": None, "part_of": None,
+        "left_out": [],
     }  # fmt: skip
     assert results["base"] == checkpoints[1] and list(results["paired"]) == [checkpoints[0]]
     test = results["paired"][checkpoints[0]]["tiny_continuation"]
@@ -222,8 +239,7 @@ def test_a_stopped_run_goes_on_and_new_weights_are_measured_anew(data, tokenizer
     assert changed["scores"] == evaluate(recipe.model_copy(update={"cache": None}))["scores"]
 
 
-def test_a_collection_runs_what_it_can_and_says_why_it_runs_no_more(data, checkpoints, monkeypatch):
-    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+def test_a_collection_runs_what_it_can_and_says_why_it_runs_no_more(data, checkpoints):
     write_arc(data, "ARC-Challenge", test=6, train=30)
     write_gsm8k(data, items=4)  # has fewer than the 8 examples that the collection wants
     write_agieval(data, "sat-math")
@@ -239,13 +255,19 @@ def test_a_collection_runs_what_it_can_and_says_why_it_runs_no_more(data, checkp
     }
     assert tasks["agieval_sat_math"]["part_of"] == "agieval" and tasks["agieval"]["part_of"] is None
     assert "EleutherAI/drop" in not_run["drop"] and "folder of that name in the working directory" in not_run["drop"]
-    assert "more than" in not_run["gsm8k"] or "arger" in not_run["gsm8k"]
+    assert "8 examples were asked for (num_fewshot), and its data has 6" in not_run["gsm8k"]
+    assert [info["benchmark"] for info in tasks.values() if info["benchmark"]] == [
+        "ARC-Challenge",
+        "Ape210K",
+        "AGIEval",
+    ]
+    assert len(tasks["agieval"]["left_out"]) == 20 and tasks["vwn_ape210k"]["dataset"] == "ape210k"
     assert {"mmlu", "bbh", "ceval-valid", "mmlu_pro", "vwn_math", "agieval_logiqa_en"} <= not_run.keys()
     assert not any(name.startswith(("mmlu_abstract", "ceval-valid_", "minerva_")) for name in not_run)
     assert all("--confirm-run-unsafe-code" in not_run[task] for task in ("mbpp", "humaneval"))
     assert results["truncated"][checkpoints[0]]["arc_challenge"] == 5  # 25 examples in 256 tokens
     text = table_text(results)
-    assert "ARC-Challenge" in text and "sat_math" not in text
+    assert "ARC-Challenge" in text and "sat_math" not in text and "AGIEval, without 20 of its parts" in text
     lines = "\n".join(notes(results))
     assert "lost their beginning" in lines and "Only the first 5 items" in lines and "capped at 24" in lines
     results = evaluate(EvaluationRecipe(checkpoints=checkpoints[:1], collection="B", limit=3, max_gen_toks=24))
@@ -254,6 +276,89 @@ def test_a_collection_runs_what_it_can_and_says_why_it_runs_no_more(data, checkp
     }  # fmt: skip
     assert "40 languages" in results["not_run"]["McEval"] and "licence" in results["not_run"]["Chinese SimpleQA"]
     assert results["base"] is None and results["paired"] == {}
+
+
+def test_tasks_that_run_code_run_once_they_are_allowed_to(data, checkpoints, monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")  # what the run sets is undone
+    write_code_tasks(data)
+    recipe = {"checkpoints": checkpoints[:1], "collection": "A", "max_gen_toks": 24, "confirm_run_unsafe_code": True}
+    tasks = evaluate(EvaluationRecipe(**recipe))["tasks"].values()
+    assert [(info["benchmark"], info["main_metric"], info["items"]) for info in tasks] == [
+        ("MBPP", "pass_at_1,none", 2),
+        ("HumanEval", "pass@1,create_test", 2),
+    ]
+
+
+def test_collections_are_the_papers_and_lm_eval_knows_all_of_their_tasks():
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager(include_path=str(TASKS)).task_index
+    named = {}
+    for collection, name in COLLECTIONS.items():
+        config, metadata = index[name].cfg, collection_metadata(collection)
+        members = [member.get("task") or member["group"] for member in config["task"]]
+        assert members == list(metadata["benchmarks"]) and set(members) <= index.keys()
+        assert all("num_fewshot" in member for member in config["task"])
+        for member, benchmark in metadata["benchmarks"].items():
+            assert benchmark["main_metric"].partition(",")[0] in metrics_of(index, member), member
+        names = [benchmark["name"].partition(" (")[0] for benchmark in metadata["benchmarks"].values()]
+        named[collection] = set(names) | metadata.get("missing", {}).keys()
+    both = ["BBH", "DROP", "MMLU", "MMLU-Pro", "C-Eval", "TriviaQA", "MATH", "HumanEval", "AGIEval"]
+    only_a = ["ARC-Challenge", "WinoGrande", "HellaSwag", "Ape210K", "GSM8K", "MBPP", "GPQA"]
+    assert named["A"] == {*both, *only_a}
+    assert named["B"] == {*both, *["KOR-Bench", "MBPP+", "McEval", "Chinese SimpleQA"]}
+
+
+def metrics_of(index, name):
+    """The metrics that a task's or group's file names; both names of those that run code."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    entry = index[name]
+    config = load_yaml(entry.yaml_path, resolve_func=False, recursive=True)
+    listed = config.get("aggregate_metric_list") or config["metric_list"]
+    if isinstance(listed, dict):
+        listed = [listed]
+    if "pass_at" in str(listed):
+        return {"pass_at_1", "pass@1"}
+    return {entry["metric"] for entry in listed}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("45", Fraction(45)), ("-3.5", Fraction(-7, 2)), ("25%", Fraction(1, 4)), ("(11/20)", Fraction(11, 20)),
+        ("1(5/6)", Fraction(11, 6)), ("1,000元", Fraction(1000)), ("(45+39)/(45-39)", Fraction(14)),
+        ("1/0.9", Fraction(10, 9)), ("(24-18)/120%", Fraction(5)), ("一共12本", Fraction(12)),
+        ("1.5元", Fraction(3, 2)), ("9**9**9", Fraction(9)),
+        ("3/0", None), ("不知道", None), ("", None), ("(" * 5000, None),
+    ],
+)  # fmt: skip
+def test_the_value_of_an_ape210k_answer(answers, text, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert answers.value(text) == expected
+
+
+def test_ape210k_counts_what_follows_the_word_for_answer(answers):
+    def score(text, answer="45"):
+        return answers.score_number({"answer": answer}, [text])["exact_match"]
+
+    assert score("x=135/3\n答案：45\n\n还有7") == 1
+    assert score("x=135/3\n答案：46\n45") == 0
+    assert score("是45") == 1 and score("") == 0 and score("x=9*5") == 0
+    assert score("答案：0.5", "(1/2)") == 1
+
+
+def test_kor_bench_counts_the_last_brackets(answers):
+    def score(text, answer):
+        return answers.score_brackets({"answer": answer}, [text])["exact_match"]
+
+    assert score("First [[1]], no: [[24]].", "[[24]]") == 1
+    assert score("[[24]], no: [[1]].", "[[24]]") == 0
+    assert score("24", "[[24]]") == 0
+    assert score("[[125 or 650 or 5]]", "[[650or5or125]]") == 1 and score("[[125 or 5]]", "[[650or5or125]]") == 0
+    assert score("[[ p1 & p2 ];[p3]]", "[[p1&p2];[p3]]") == 1
+    assert score("[[leo  SCORPIO]]", "[[Leo Scorpio]]") == 1
 
 
 def refused(match, **settings):
@@ -269,10 +374,11 @@ def test_what_cannot_run_is_refused_before_a_model_is_loaded(data, checkpoints, 
     refused("no task 'nothing_here'", **one, tasks=["nothing_here"])
     text = refused("Couldn't reach 'baber/piqa'", **one, tasks=["arc_easy", "piqa", "drop"])
     assert "EleutherAI/drop" in text and "go online" in text and "arc_easy" not in text
-    refused("Nothing was run. mbpp: .*--confirm-run-unsafe-code", **one, tasks=["mbpp"])
-    refused("code_eval/code_eval.py", **one, tasks=["mbpp"], confirm_run_unsafe_code=True)
+    refused("Nothing was run. humaneval: .*code_eval/code_eval.py", **one, tasks=["humaneval"])
+    write_code_tasks(data)
+    refused(r"writes; --confirm-run-unsafe-code allows that\.$", **one, tasks=["mbpp"])
     refused("up to 256 tokens, and the models' context is 256: .*--max-gen-toks", **one, tasks=["gsm8k"])
-    refused("gsm8k", **one, tasks=["gsm8k"], max_gen_toks=9, num_fewshot=7)  # of 6 examples
+    refused("7 examples were asked for", **one, tasks=["gsm8k"], max_gen_toks=9, num_fewshot=7)
     refused("cannot be read", checkpoints=[checkpoints[0], str(tmp_path / "gone")], tasks=["arc_easy"])
     refused("Nothing of collection B can run", **one, collection="B")
     refused("no MTP modules", checkpoints=checkpoints, tasks=["arc_easy"], draft=True)

@@ -10,9 +10,12 @@ from pathlib import Path
 import datasets
 import pytest
 from evaluation_data import index_stock_tasks_once, save_checkpoint, write_arc, write_gsm8k, write_piqa
+from sqlitedict import SqliteDict
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from vwn_hf.adapters import LoraSettings, add_adapter, merge
+from vwn_hf.cli import app
 from vwn_hf.evaluation import EvaluationRecipe, evaluate
 
 BIN = Path(sys.executable).parent
@@ -30,7 +33,7 @@ def stock_tasks():
 def data(tmp_path_factory):
     """The working directory: stock tasks find their data sets in it, by their names."""
     folder = tmp_path_factory.mktemp("data")
-    write_arc(folder, "ARC-Easy", test=10, train=4)
+    write_arc(folder, "ARC-Easy", test=11, train=8)
     write_piqa(folder, items=10)
     write_gsm8k(folder, items=3)
     with pytest.MonkeyPatch.context() as patch:
@@ -59,9 +62,13 @@ def run(command: list, data: Path, cache: Path) -> str:
     return result.stdout
 
 
-def stock_scores(command: list, data: Path, folder: Path) -> dict:
-    run([*command, "--output_path", folder / "out", "--device", "cpu", "--tasks", ",".join(TASKS)], data, folder)
-    (path,) = (folder / "out").rglob("results_*.json")
+def options(model: str, checkpoint: str, output: Path) -> list[str]:
+    chosen = ["--model", model, "--model_args", f"pretrained={checkpoint}", "--tasks", ",".join(TASKS)]
+    return ["run", *chosen, "--device", "cpu", "--output_path", str(output)]
+
+
+def written_scores(folder: Path) -> dict:
+    (path,) = folder.rglob("results_*.json")
     return json.loads(path.read_text())["results"]
 
 
@@ -74,13 +81,15 @@ def same(found: dict, expected: dict) -> None:
 
 def test_stock_lm_eval_with_the_stub_gives_our_scores(data, checkpoint, ours, tmp_path):
     """--model hf, in a process that knows nothing of this package but the checkpoint's stub."""
-    command = [BIN / "lm-eval", "run", "--model", "hf", "--trust_remote_code"]
-    same(stock_scores([*command, "--model_args", f"pretrained={checkpoint}"], data, tmp_path), ours)
+    run([BIN / "lm-eval", *options("hf", checkpoint, tmp_path / "out"), "--trust_remote_code"], data, tmp_path)
+    same(written_scores(tmp_path / "out"), ours)
 
 
-def test_lm_evals_command_with_the_vwn_model_gives_our_scores(data, checkpoint, ours, tmp_path):
-    command = [BIN / "vwn-hf", "lm-eval", "run", "--model", "vwn", "--model_args", f"pretrained={checkpoint}"]
-    same(stock_scores(command, data, tmp_path), ours)
+def test_lm_evals_command_with_the_vwn_model_gives_our_scores(data, checkpoint, ours, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])  # the command's, which it hands over
+    result = CliRunner().invoke(app, ["lm-eval", *options("vwn", checkpoint, tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    same(written_scores(tmp_path / "out"), ours)
 
 
 def test_the_entry_point_names_the_model():
@@ -89,20 +98,37 @@ def test_the_entry_point_names_the_model():
     assert entry.load().__name__ == "VwnLM"
 
 
-def test_two_processes_share_the_items_and_give_the_same_scores(data, checkpoint, ours, tmp_path):
-    launch = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "vwn_hf.cli"]  # fmt: skip
-    output = tmp_path / "results.json"
-    text = run([*launch, "evaluate", checkpoint, "--tasks", ",".join(TASKS), "--output", output], data, tmp_path)
-    same(json.loads(output.read_text())["scores"][checkpoint], ours)
+def test_two_processes_share_the_items_and_give_the_same_scores(data, checkpoint, tmp_path):
+    """With random few-shot examples, and by torchrun: accelerate launch --cpu starts one process without MPI."""
+    recipe = EvaluationRecipe(checkpoints=[checkpoint], tasks=TASKS, num_fewshot=2)
+    single = evaluate(recipe)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output, cache = tmp_path / "results.json", tmp_path / "answers"
+    chosen = ["--tasks", ",".join(TASKS), "--num-fewshot", "2", "--output", output, "--cache", cache]
+    text = run([*torchrun, "-m", "vwn_hf.cli", "evaluate", checkpoint, *chosen], data, tmp_path)
+    shared = json.loads(output.read_text())
+    same(shared["scores"][checkpoint], single["scores"][checkpoint])
+    assert shared["tasks"] == single["tasks"] and shared["tasks"]["arc_easy"]["items"] == 11
     assert text.count("arc_easy") == 1  # one table
+    answers = {file.name[-8:]: len(SqliteDict(file)) for file in cache.iterdir()}
+    assert answers == {"rank0.db": 6 * 4 + 5 * 2, "rank1.db": 5 * 4 + 5 * 2}
 
 
-def test_drafting_gives_the_same_answers(checkpoint):
+def test_drafting_gives_the_same_texts(checkpoint):
+    from lm_eval.api.instance import Instance
+
+    from vwn_hf.lm_eval_model import VwnLM
+
+    settings = {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False}
+    prompts = ["import os", "def parse_args(self, args=None):", "The action is"]
+    requests = [Instance("generate_until", {}, (prompt, settings), 0) for prompt in prompts]
+    plain, drafting = (VwnLM(checkpoint, batch_size=3, draft=draft) for draft in (False, True))
+    texts = plain.generate_until(requests)
+    assert drafting.generate_until(requests) == texts and all(texts)
+    assert sum(drafting.model.mtp_acceptance.drafted) > 0 and plain.model.mtp_acceptance is None
     recipe = EvaluationRecipe(checkpoints=[checkpoint], tasks=["gsm8k"], max_gen_toks=24, num_fewshot=1)
-    plain = evaluate(recipe)["scores"][checkpoint]["gsm8k"]
-    drafted = evaluate(recipe.model_copy(update={"draft": True}))["scores"][checkpoint]["gsm8k"]
-    assert drafted == plain
+    scores = [evaluate(recipe.model_copy(update={"draft": draft}))["scores"][checkpoint] for draft in (False, True)]
+    assert scores[0] == scores[1]
 
 
 def test_an_adapter_is_measured_as_what_it_merges_to(checkpoint, tmp_path):

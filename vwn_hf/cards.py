@@ -16,19 +16,21 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import AutoConfig, PreTrainedConfig
 
 from .analysis import Cost, cost
-from .backbones import get_backbone
 from .checkpoints import open_checkpoint
-from .comparison import STATE, new_figure
+from .comparison import STATE, new_figure, read_state
 from .configuration_vwn import VwnConfigMixin
+from .hyper_connections import doubly_stochastic
 from .sources import CARD_NAME, REPORT_NAME, companions, recipes_in_order
+from .widening import backbone_of, number_of_layers
 
 PAPER = "2511.11238"
 RESULTS_NAME = "results.json"
 LOSS_PICTURE, ROUTING_PICTURE = "loss.png", "routing.png"
 MARKER = re.compile(r"\n<!-- made by vwn-hf card; sha256 of what is above: ([0-9a-f]{64}) -->\n\Z")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+\Z")
-ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/'\",\[\]{}]+/)+([^\s/'\",\[\]{}]+)")
+ABSOLUTE_PATH = re.compile(r"(?<![\w.~/])(?:file://)?~?/(?:[^\s/'\",\[\]{}]+/)+([^\s/'\",\[\]{}]+)/?")
 LONGEST_CONTEXT = 4096  # that costs are computed for
+ENTRIES = "vwn-hf-{}.yaml"  # in .eval_results; files of other names there are not ours
 
 
 @dataclass
@@ -56,7 +58,7 @@ class CardRecipe:
 
 @dataclass
 class Facts:
-    """What a checkpoint's files say."""
+    """What a checkpoint's files say. `recipes` are texts, and `trainings` what they hold."""
 
     name: str
     config: PreTrainedConfig
@@ -64,6 +66,23 @@ class Facts:
     recipes: list[str]
     state: dict[str, Any]
     results: list[dict[str, Any]]
+
+    @property
+    def trainings(self) -> list[dict[str, Any]]:
+        parsed = [yaml.safe_load(text) for text in self.recipes]
+        return [recipe for recipe in parsed if isinstance(recipe, dict)]
+
+    @property
+    def origin(self) -> str | None:
+        """Where the model comes from: "upcycled", "scratch", or None if no file says."""
+        if self.report:
+            return "upcycled"
+        return "scratch" if self.trainings and not self.trainings[0].get("model") else None
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the files say that it is as it was upcycled."""
+        return bool(self.report) and not self.recipes and not self.state
 
 
 def write_card(checkpoint: str | Path, **options) -> Path:
@@ -77,14 +96,15 @@ def write_card(checkpoint: str | Path, **options) -> Path:
     Raises:
         FileNotFoundError: there is no such folder, or it has no config.json.
         FileExistsError: its README.md was written or changed by hand.
-        ValueError: it is no VWN checkpoint; results are not of it.
+        ValueError: it is no VWN checkpoint; results are not of it; a file is damaged; base_model is no Hub id.
     """
     recipe = CardRecipe(Path(checkpoint), **options)
     folder = recipe.checkpoint
     refuse_a_card_by_hand(folder / CARD_NAME, recipe.overwrite)
     facts = read_facts(recipe)
+    data = metadata(recipe, facts)
     draw_pictures(folder, facts)
-    text = render(recipe, facts)
+    text = render(recipe, facts, data)
     temporary = folder / f".{CARD_NAME}.unfinished"
     temporary.write_text(text, encoding="utf-8")
     write_benchmark_entries(folder, facts)
@@ -95,7 +115,7 @@ def write_card(checkpoint: str | Path, **options) -> Path:
 def refuse_a_card_by_hand(path: Path, overwrite: bool) -> None:
     if overwrite or not path.exists():
         return
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     mark = MARKER.search(text)
     if mark is None or mark[1] != digest(text[: mark.start()]):
         kind = "was changed since vwn-hf card made it" if mark else "was not made by vwn-hf card"
@@ -121,15 +141,23 @@ def read_facts(recipe: CardRecipe) -> Facts:
     return Facts(
         name=name,
         config=config,
-        report=read_json(folder / REPORT_NAME),
-        recipes=[shorten(path.read_text(encoding="utf-8")) for path in recipes_in_order(folder)],
-        state=read_json(folder / STATE),
+        report=read_json(folder / REPORT_NAME, "verification") if (folder / REPORT_NAME).is_file() else {},
+        recipes=[path.read_text(encoding="utf-8") for path in recipes_in_order(folder)],
+        state=read_state(folder / STATE) if (folder / STATE).is_file() else {},
         results=[own_results(Path(path), folder, {name, folder.resolve().name}) for path in paths],
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a file that is none, or lacks a key."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lacking = [key for key in keys if key not in content]
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Make it again, or take it away.") from None
+    if not isinstance(content, dict) or lacking:
+        raise ValueError(f"{path} has no {', '.join(lacking or keys)}: vwn-hf did not write it. Take it away.")
+    return content
 
 
 def shorten(text: str) -> str:
@@ -142,8 +170,8 @@ def own_results(path: Path, folder: Path, names: set[str]) -> dict[str, Any]:
 
     It is the one of these names; in a file in the checkpoint's folder also the only one beside the base.
     """
-    results = json.loads(path.read_text(encoding="utf-8"))
-    scores = results.get("scores", {})
+    results = read_json(path, "scores", "tasks", "date", "lm_eval")
+    scores = results["scores"]
     mine = [key for key in scores if key in names or Path(key).name in names]
     if not mine and path.resolve().parent == folder.resolve():
         mine = [key for key in scores if key != results.get("base")]
@@ -156,6 +184,7 @@ def own_results(path: Path, folder: Path, names: set[str]) -> dict[str, Any]:
     return results | {
         "own": scores[mine[0]],
         "paired": results.get("paired", {}).get(mine[0], {}),
+        "truncated": results.get("truncated", {}).get(mine[0], {}),
         "base_scores": scores.get(base, {}) if base != mine[0] else {},
         "base": None if base in (None, mine[0]) else base if HUB_ID.match(base) else Path(base).name,
     }
@@ -171,11 +200,11 @@ def metadata(recipe: CardRecipe, facts: Facts) -> ModelCardData:
     if recipe.base_model and not HUB_ID.match(recipe.base_model):
         raise ValueError(f"base_model={recipe.base_model!r} is no id on the Hub; give owner/name.")
     base = base if base and HUB_ID.match(base) and (recipe.base_model or facts.report.get("commit")) else None
-    moe = get_backbone(facts.config.model_type.removeprefix("vwn_")).moe
+    moe = backbone_of(facts.config).moe
     licence = {"license": recipe.license} if recipe.license else {
         key: source[key] for key in ("license", "license_name", "license_link") if key in source
     }  # fmt: skip
-    found = recipe.datasets or [*as_list(source.get("datasets")), *hub_datasets(facts.recipes)]
+    found = recipe.datasets or [*as_list(source.get("datasets")), *hub_datasets(facts.trainings)]
     optional = {
         "base_model": base,
         "base_model_relation": "finetune" if base else None,  # the Hub has no word for a widened model
@@ -198,10 +227,10 @@ def as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value] if value else []
 
 
-def hub_datasets(recipes: list[str]) -> list[str]:
-    """Data sets that the recipes trained on and that have an id on the Hub."""
-    sources = [source for text in recipes for source in as_list(yaml.safe_load(text)["data"]["train"])]
-    return [source["path"] for source in sources if HUB_ID.match(source["path"])]
+def hub_datasets(recipes: list[dict[str, Any]]) -> list[str]:
+    """Data sets of the recipes that have an id on the Hub; a folder here whose path looks like one is none."""
+    paths = [source["path"] for recipe in recipes for source in as_list(recipe.get("data", {}).get("train"))]
+    return [path for path in paths if HUB_ID.match(path) and not Path(path).exists()]
 
 
 def shown_tasks(results: dict[str, Any]) -> list[str]:
@@ -209,16 +238,29 @@ def shown_tasks(results: dict[str, Any]) -> list[str]:
     return [task for task, info in results["tasks"].items() if not info.get("part_of") and task in results["own"]]
 
 
+def whole_tasks(results: dict[str, Any]) -> list[str]:
+    """Those whose score is the task's: all items, all members of a group, answers as long as the task lets them be."""
+    if results.get("limit") or results.get("max_gen_toks"):
+        return []
+    return [task for task in shown_tasks(results) if not results["tasks"][task].get("left_out")]
+
+
+def hub_dataset(task: str, info: dict[str, Any]) -> str | None:
+    """Id on the Hub of a task's data set. The package's own tasks also read folders whose names look like one."""
+    dataset = info.get("dataset") or ""
+    return dataset if HUB_ID.match(dataset) and not task.startswith("vwn_") else None
+
+
 def index_entries(results: dict[str, Any]) -> list[EvalResult]:
     """The model-index: main metric of each task that was run whole."""
     entries = []
-    for task in [] if results.get("limit") else shown_tasks(results):
+    for task in whole_tasks(results):
         info, value = results["tasks"][task], results["own"][task][results["tasks"][task]["main_metric"]]
         title = info.get("benchmark") or task
         entries.append(
             EvalResult(
                 task_type="text-generation",
-                dataset_type=info.get("dataset") or task,
+                dataset_type=hub_dataset(task, info) or task,  # entries of one type and split become one
                 dataset_name=title,
                 dataset_config=info.get("config"),
                 dataset_split=info.get("split"),
@@ -231,12 +273,14 @@ def index_entries(results: dict[str, Any]) -> list[EvalResult]:
 
 
 def write_benchmark_entries(folder: Path, facts: Facts) -> None:
-    """`.eval_results/NAME.yaml` of each benchmark that was run whole and that has a data set on the Hub."""
+    """`.eval_results/vwn-hf-….yaml` of each benchmark that was run whole and has a data set on the Hub; no others."""
+    for path in (folder / ".eval_results").glob(ENTRIES.format("*")):
+        path.unlink()
     found: dict[str, list[EvalResultEntry]] = {}
     for results in facts.results:
-        for task in [] if results.get("limit") else shown_tasks(results):
+        for task in whole_tasks(results):
             info = results["tasks"][task]
-            if not HUB_ID.match(info.get("dataset") or ""):
+            if not hub_dataset(task, info):
                 continue
             error = results["own"][task].get(info["main_metric"].replace(",", "_stderr,"))
             notes = f"{metric_words(info['main_metric'])}, {shots(info)}, lm-eval {results['lm_eval']}, task {task}"
@@ -245,13 +289,25 @@ def write_benchmark_entries(folder: Path, facts: Facts) -> None:
                 task_id=info.get("config") or "default",
                 value=results["own"][task][info["main_metric"]],
                 date=results["date"],
-                notes=notes + (f", standard error {error:.4f}" if error is not None else ""),
+                notes=notes
+                + (f", standard error {error:.4f}" if error is not None else "")
+                + (", prompts cut to the context" if cut_items(results).get(task) else ""),
             )
             found.setdefault(info["dataset"].replace("/", "_"), []).append(entry)
     for name, entries in found.items():
         (folder / ".eval_results").mkdir(exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-        (folder / ".eval_results" / f"{name}.yaml").write_text(text)
+        (folder / ".eval_results" / ENTRIES.format(name)).write_text(text)
+
+
+def cut_items(results: dict[str, Any]) -> dict[str, int]:
+    """Items by shown task whose prompt was longer than the context, so that its beginning was cut off."""
+    counts: dict[str, int] = {}
+    for task, items in results["truncated"].items():
+        while (above := results["tasks"].get(task, {}).get("part_of")) in results["tasks"]:
+            task = above
+        counts[task] = counts.get(task, 0) + items
+    return counts
 
 
 def metric_words(metric: str) -> str:
@@ -273,7 +329,7 @@ def draw_pictures(folder: Path, facts: Facts) -> None:
     if curves:
         draw_losses(curves, folder / LOSS_PICTURE)
     if companions(folder, ["*.safetensors"]):
-        routing = static_routing(folder)
+        routing = static_routing(folder, facts.config)
         if routing:
             draw_routing(routing, folder / ROUTING_PICTURE)
 
@@ -296,20 +352,20 @@ def draw_losses(curves: dict[str, tuple[list[int], list[float]]], path: Path) ->
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def static_routing(folder: Path) -> dict[str, list]:
+def static_routing(folder: Path, config: PreTrainedConfig) -> dict[str, list]:
     """Weight of each slot in the static read, write and carry of each connection, [n] per connection in their order."""
     checkpoint = open_checkpoint(folder)
-    order = sorted(
-        {name.rpartition(".read.bias")[0] for name in checkpoint.tensors if name.startswith("model.layers.")
-         and name.endswith(".read.bias")},
-        key=lambda name: (int(name.split(".")[2]), "feed_forward" in name, name),
-    )  # fmt: skip
+    sublayers = [sublayer.connection for sublayer in backbone_of(config).sublayers]
+    order = [f"model.layers.{layer}.{name}" for layer in range(number_of_layers(config)) for name in sublayers]
     routing: dict[str, list] = {"read": [], "write": [], "carry": []}
-    for name in order:
+    for name in [name for name in order if f"{name}.read.bias" in checkpoint.tensors]:
         for kind in ("read", "write"):
             routing[kind].append(checkpoint.read(f"{name}.{kind}.bias").float().abs().sum(1).numpy())
         if f"{name}.carry.bias" in checkpoint.tensors:
-            routing["carry"].append(checkpoint.read(f"{name}.carry.bias").float().diagonal().numpy())
+            carry = checkpoint.read(f"{name}.carry.bias").float()
+            if config.vwn_carry == "doubly_stochastic":
+                carry = doubly_stochastic(carry)
+            routing["carry"].append(carry.diagonal().numpy())
     return {kind: columns for kind, columns in routing.items() if columns}
 
 
@@ -323,21 +379,23 @@ def draw_routing(routing: dict[str, list], path: Path) -> None:
     }
     figure, panels = new_figure(columns=1, panels=len(routing), height=2.2)
     for axes, (kind, columns) in zip(panels, routing.items(), strict=True):
-        image = axes.imshow(np.stack(columns, 1), aspect="auto", cmap="viridis", origin="lower")
+        values = np.stack(columns, 1)
+        lowest = min(0.0, values.min())  # from 0, so that small differences look small
+        image = axes.imshow(values, aspect="auto", cmap="viridis", origin="lower", vmin=lowest)
         axes.set(title=titles[kind], ylabel="slot")
         axes.title.set_fontsize(9)
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.xaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes, pad=0.01)
-    panels[-1].set_xlabel("connection (two per layer: attention, feed-forward; first layer left)")
+    panels[-1].set_xlabel("connection, in the order of a token's way; colour scales differ")
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 # ---- Text
 
 
-def render(recipe: CardRecipe, facts: Facts) -> str:
-    data, folder = metadata(recipe, facts), recipe.checkpoint
+def render(recipe: CardRecipe, facts: Facts, data: ModelCardData) -> str:
+    folder = recipe.checkpoint
     context = getattr(facts.config, "max_position_embeddings", None) or LONGEST_CONTEXT
     dtype = str(facts.config.dtype or "float32").removeprefix("torch.")
     figures = cost(facts.config, min(context, LONGEST_CONTEXT), dtype if dtype != "float64" else "float32")
@@ -349,7 +407,9 @@ def render(recipe: CardRecipe, facts: Facts) -> str:
         config=facts.config,
         family=facts.config.model_type.removeprefix("vwn_"),
         report=facts.report,
-        recipes=facts.recipes,
+        recipes=[shorten(text) for text in facts.recipes],
+        origin=facts.origin,
+        untrained=facts.untrained,
         training=training_summary(facts.state),
         results=[result_table(results) for results in facts.results],
         model=model_rows(facts.config, figures, context, dtype),
@@ -370,19 +430,23 @@ def templates() -> Path:
 
 
 def training_summary(state: dict[str, Any]) -> dict[str, Any]:
-    """Steps, tokens, seconds and losses of the last training; {} without a log."""
+    """Steps, tokens, seconds and losses of the last training so far; {} without a log.
+
+    Seconds are logged when it ends: `elapsed_seconds`, over all sessions of the run, or else the last session's.
+    """
     history = state.get("log_history", [])
-    ends = [entry for entry in history if "train_runtime" in entry and "train_loss" in entry]
-    if not ends:
+    if not state.get("global_step"):
         return {}
+    times = [entry.get("elapsed_seconds", entry["train_runtime"]) for entry in history if "train_loss" in entry]
+    seconds = times[-1] if times else None
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     tokens = state.get("num_input_tokens_seen") or None
     return {
         "steps": state["global_step"],
         "tokens": tokens,
-        "seconds": ends[-1]["train_runtime"],
+        "seconds": seconds,
         "losses": (losses[0], losses[-1]) if len(losses) > 1 else None,
-        "speed": tokens / ends[-1]["train_runtime"] if tokens else None,
+        "speed": tokens / seconds if tokens and seconds else None,
     }
 
 
@@ -403,7 +467,7 @@ def model_rows(config: PreTrainedConfig, figures: Cost, context: int, dtype: str
         ("modules of multi-token prediction", str(config.num_mtp_layers)),
         ("parameters", f"{backbone + added:,.0f}, {added:,.0f} of them added ({added / backbone:.1%})"),
         ("used for one token", f"{active:,.0f}"),
-        ("layers", f"{config.num_hidden_layers}"),
+        ("layers", f"{number_of_layers(config)}"),
         ("context", f"{context:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("dtype", dtype),
@@ -428,18 +492,22 @@ def result_table(results: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for task in shown_tasks(results):
         info, metric = results["tasks"][task], results["tasks"][task]["main_metric"]
-        cells = [info.get("benchmark") or task, metric_words(metric), shots(info), str(info.get("items", ""))]
+        left_out = len(info.get("left_out") or [])
+        name = (info.get("benchmark") or task) + f", without {left_out} of its parts" * bool(left_out)
+        cells = [name, metric_words(metric), shots(info), str(info.get("items", ""))]
         cells.append(score(results["own"][task], metric))
         if results["base"]:
             pair = results["paired"].get(task, {})
             cells.append(score(results["base_scores"].get(task, {}), metric))
-            cells.append(f"{pair['difference']:+.4f} ± {pair['stderr']:.4f} (p = {pair['p']:.2g})" if pair else "")
+            cells.append(difference(pair) if pair else "")
         rows.append([cell(text) for text in cells])
     header = ["task", "metric", "shots", "items", "this model"]
     header += [cell(results["base"]), "difference, item by item"] if results["base"] else []
     return {
         "table": markdown_table(header, rows) if rows else "",
         "limit": results.get("limit"),
+        "max_gen_toks": results.get("max_gen_toks"),
+        "cut": {cell(results["tasks"][task].get("benchmark") or task): n for task, n in cut_items(results).items()},
         "date": results["date"],
         "lm_eval": results["lm_eval"],
         "not_run": {cell(task): cell(re.split("[;:]", why)[0]) for task, why in results.get("not_run", {}).items()},
@@ -455,7 +523,12 @@ def score(scores: dict[str, Any], metric: str) -> str:
     if metric not in scores:
         return ""
     error = scores.get(metric.replace(",", "_stderr,"))
-    return f"{scores[metric]:.4f} ± {error:.4f}" if isinstance(error, float) else f"{scores[metric]:.4f}"
+    return f"{scores[metric]:.4f} ± {error:.4f}" if isinstance(error, int | float) else f"{scores[metric]:.4f}"
+
+
+def difference(pair: dict[str, Any]) -> str:
+    error = "" if pair.get("stderr") is None else f" ± {pair['stderr']:.4f}"
+    return f"{pair['difference']:+.4f}{error} (p = {pair['p']:.2g})"
 
 
 def cell(text: str) -> str:

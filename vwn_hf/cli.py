@@ -284,6 +284,8 @@ def card(
     overwrite: Annotated[bool, typer.Option(help="Replace a README.md made or changed by hand.")] = False,
 ) -> None:
     """Write a checkpoint's model card, with its pictures, from its files."""
+    from huggingface_hub import metadata_load
+
     from .cards import write_card
 
     with clear_errors():
@@ -292,6 +294,8 @@ def card(
             datasets=dataset or [], repo_id=repo_id, overwrite=overwrite,
         )  # fmt: skip
     typer.echo(path)
+    if "license" not in metadata_load(path):
+        typer.echo("It states no licence, as none is known: give it with --license.", err=True)
 
 
 @app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True})

@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from transformers import AutoConfig, AutoTokenizer
 
 from .adapters import ADAPTER_CONFIG, import_peft
-from .task_loading import Conditions, load_tasks
+from .task_loading import Conditions, LoadedTasks, load_tasks
 
 MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1", "pass_at_1", "pass@1")  # the first that a task has
 CPU_BATCH_SIZE = 8  # lm-eval's search would run 64 full contexts, five times
@@ -111,7 +111,7 @@ def evaluate(recipe: EvaluationRecipe) -> dict[str, Any] | None:
         outcome = measure(sources[checkpoint], loaded.built, recipe)
         if outcome is None:
             continue
-        results["tasks"] = task_descriptions(outcome, loaded.benchmarks)
+        results["tasks"] = task_descriptions(outcome, loaded)
         results["scores"][checkpoint] = {task: task_scores(outcome, task) for task in results["tasks"]}
         results["truncated"][checkpoint] = outcome["truncated"]
         values[checkpoint] = {task: item_values(outcome, task, info) for task, info in results["tasks"].items()}
@@ -122,7 +122,7 @@ def evaluate(recipe: EvaluationRecipe) -> dict[str, Any] | None:
     return results if results["scores"] else None
 
 
-def new_results(recipe: EvaluationRecipe, loaded) -> dict[str, Any]:
+def new_results(recipe: EvaluationRecipe, loaded: LoadedTasks) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers")}
     return {
         "vwn_hf": importlib.metadata.version("vwn-hf"),
@@ -251,16 +251,18 @@ def truncated_items(model, samples: list[dict]) -> int:
     return len({sample["doc_id"] for sample in samples if has_cut(sample)})
 
 
-def task_descriptions(outcome: dict, benchmarks: dict[str, dict]) -> dict[str, dict[str, Any]]:
+def task_descriptions(outcome: dict, loaded: LoadedTasks) -> dict[str, dict[str, Any]]:
     """What was run: data set, split, shots, items and main metric of each task and each group that has scores.
 
-    `part_of` is the group that a task or group belongs to.
+    `part_of` is the group that a task or group belongs to; `left_out` are a group's members that could not run. A
+    collection's benchmarks come in its order.
     """
-    groups = outcome["group_subtasks"]
+    groups, benchmarks = outcome["group_subtasks"], loaded.benchmarks
     part_of = {child: group for group, children in groups.items() for child in children}
     descriptions = {}
-    for task, scores in outcome["results"].items():
-        metrics = numeric_metrics(scores)
+    order = sorted(outcome["results"], key=lambda task: [*benchmarks, task].index(task))  # others stay as they are
+    for task in order:
+        metrics = numeric_metrics(outcome["results"][task])
         if not metrics:
             continue
         leaves = leaf_tasks(task, groups)
@@ -278,12 +280,18 @@ def task_descriptions(outcome: dict, benchmarks: dict[str, dict]) -> dict[str, d
             "higher_is_better": outcome["higher_is_better"].get(task, {}).get(metric.rpartition(",")[0], True),
             "benchmark": benchmarks.get(task, {}).get("name"),
             "part_of": part_of.get(task),
+            "left_out": [name for group in subgroups(task, groups) for name in loaded.left_out.get(group, [])],
         }
     return descriptions
 
 
 def leaf_tasks(task: str, groups: dict[str, list[str]]) -> list[str]:
     return [leaf for child in groups[task] for leaf in leaf_tasks(child, groups)] if task in groups else [task]
+
+
+def subgroups(task: str, groups: dict[str, list[str]]) -> list[str]:
+    """A group and the groups in it."""
+    return [task, *(name for child in groups[task] for name in subgroups(child, groups))] if task in groups else []
 
 
 def ancestors(task: str, part_of: dict[str, str]) -> Iterator[str]:
@@ -400,7 +408,8 @@ def results_table(results: dict[str, Any]) -> Table:
         cells = [format_score(scores[task], metric) for scores in results["scores"].values()]
         for checkpoint in paired:
             cells += format_difference(paired[checkpoint].get(task))
-        shown = [info["benchmark"] or task, metric.removesuffix(",none"), "" if shots is None else str(shots)]
+        name = (info["benchmark"] or task) + f", without {len(info['left_out'])} of its parts" * bool(info["left_out"])
+        shown = [name, metric.removesuffix(",none"), "" if shots is None else str(shots)]
         table.add_row(*shown, str(info["items"]), *cells)
     if base:
         table.caption = f"Mean ± standard error; difference to {base}, item by item; p of a two-sided sign-flip test."

@@ -1,5 +1,6 @@
 """The `vwn` model of lm-eval: its `hf` model that knows VWN's model types, drafts with MTP, splits items on CPUs."""
 
+import os
 import sys
 import warnings
 
@@ -19,7 +20,8 @@ from .adapters import MISSING_KEYS
 class VwnLM(HFLM):
     """lm-eval's `hf` model on VWN checkpoints and their backbones, with all of its arguments.
 
-    Scores are those of `hf`. Several processes of `accelerate launch` share the items on CPUs as on GPUs.
+    Scores are those of `hf`. Several processes share the items on CPUs, too (`torchrun`; of `accelerate launch --cpu`
+    with MPI).
 
     Args:
         draft: generate with `generate(use_mtp=True)`, one item at a time; greedy text is the same.
@@ -30,6 +32,8 @@ class VwnLM(HFLM):
 
     def __init__(self, pretrained, draft: bool = False, device: str | None = None, **kwargs) -> None:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")  # lm-eval's default is cuda, there or not
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else accelerate takes each process for the only one
         super().__init__(pretrained, device=device, **kwargs)
         if draft and not getattr(self.model.config, "num_mtp_layers", 0):
             raise ValueError(no_mtp(str(pretrained)))

@@ -14,10 +14,14 @@ SEED = 1234  # of few-shot examples; lm-eval's own
 
 @dataclass
 class LoadedTasks:
-    """Tasks and groups that run; why others do not; of a collection: name and main metric of each benchmark."""
+    """Tasks and groups that run; why others do not; of a collection: name and main metric of each benchmark.
+
+    `left_out` has, of each group that runs in part, the members that do not.
+    """
 
     built: list = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     benchmarks: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
@@ -33,7 +37,9 @@ class Conditions:
     processes: int
 
 
-def load_tasks(names: list[str], collection: str | None, include_path: str | None, conditions: Conditions):
+def load_tasks(
+    names: list[str], collection: str | None, include_path: str | None, conditions: Conditions
+) -> LoadedTasks:
     """Load tasks by name and those of a collection of the paper.
 
     Raises:
@@ -46,11 +52,11 @@ def load_tasks(names: list[str], collection: str | None, include_path: str | Non
     manager = TaskManager(include_path=[str(TASKS), *([include_path] if include_path else [])])
     loaded, failures = LoadedTasks(), keep_failures(manager, lambda task: prepare(task, conditions))
     for name in known_names(manager, names):
-        loaded.built += load_group(manager, name, failures)
+        loaded.built += load_group(manager, name, failures, loaded.left_out)
     if failures:
         raise ValueError(f"Nothing was run. {summary(failures)}")
     if collection:
-        benchmarks = load_group(manager, COLLECTIONS[collection], failures, members=True)
+        benchmarks = load_group(manager, COLLECTIONS[collection], failures, loaded.left_out, members=True)
         metadata = collection_metadata(collection)
         loaded.built += benchmarks
         loaded.benchmarks = metadata["benchmarks"]
@@ -96,28 +102,39 @@ def keep_failures(manager, prepare: Callable) -> dict[str, str]:
     return failures
 
 
-def load_group(manager, name: str, failures: dict[str, str], members: bool = False) -> list:
+def load_group(manager, name: str, failures: dict, left_out: dict, members: bool = False) -> list:
     """What one name stands for, without what failed: a group or its members, a task, or a tag's tasks."""
     loaded = manager.load([name])
     group = loaded["groups"].get(name)
     if group is None or name in failures:
         return list(loaded["tasks"].values())
-    remove_empty_groups(group, failures)
-    return list(group) if members else [group] * bool(len(group))
+    names = remove_empty_groups(group, failures, left_out)
+    if members:
+        return list(group)
+    if not len(group):
+        fail_as_one(group.name, names, failures)
+    return [group] * bool(len(group))
 
 
-def remove_empty_groups(group, failures: dict[str, str]) -> None:
-    """Take out tasks that failed; a group that loses all of them fails for the first one's reason."""
+def remove_empty_groups(group, failures: dict[str, str], left_out: dict[str, list[str]]) -> list[str]:
+    """Take out tasks that failed, and groups that lose all of theirs; returns the names of all that were there."""
     from lm_eval.api.group import Group
 
     names = group.child_names
     for child in [child for child in group if isinstance(child, Group)]:
-        remove_empty_groups(child, failures)
+        members = remove_empty_groups(child, failures, left_out)
         if not len(child):
             group.pop(child.name)
-    if names and not len(group):
-        reasons = [failures.pop(name) for name in names]
-        failures[group.name] = reasons[0]
+            fail_as_one(child.name, members, failures)
+    left_out[group.name] = [name for name in names if name not in group]
+    return names
+
+
+def fail_as_one(group: str, members: list[str], failures: dict[str, str]) -> None:
+    """Put one failure, for the first one's reason, in the place of those of all of a group's members."""
+    reasons = [failures.pop(name) for name in members]
+    if reasons:
+        failures[group] = reasons[0]
 
 
 def prepare(task, conditions: Conditions) -> None:
@@ -134,6 +151,9 @@ def prepare(task, conditions: Conditions) -> None:
         raise ValueError("it needs images or sound")
     if conditions.num_fewshot is not None and task.get_config("num_fewshot") != 0:  # lm-eval's rule for its option
         task.set_config("num_fewshot", conditions.num_fewshot)
+    shots, examples = task.get_config("num_fewshot") or 0, getattr(getattr(task, "sampler", None), "df", None)
+    if examples is not None and shots > len(examples):
+        raise ValueError(f"{shots} examples were asked for (num_fewshot), and its data has {len(examples)}")
     if task.OUTPUT_TYPE == "generate_until":
         length = normalize_gen_kwargs(task.config.generation_kwargs, 256)["max_gen_toks"]  # HFLM.max_gen_toks
         if length > (conditions.max_gen_toks or length):
@@ -174,7 +194,9 @@ def collection_metadata(collection: str) -> dict:
 def reason(error: Exception) -> str:
     """Why a task cannot run, in one line, with the remedy."""
     text = " ".join(str(error).split())[:400].rstrip(". ") or type(error).__name__
-    if "code_eval" in text or "HF_ALLOW_CODE_EVAL" in text:
+    if "HF_ALLOW_CODE_EVAL" in str(error):  # the metric is there
+        return "it runs code that the model writes; --confirm-run-unsafe-code allows that"
+    if "code_eval" in text:
         return (
             "it runs code that the model writes: give --confirm-run-unsafe-code, and go online, or put the metric into "
             f"the working directory as code_eval/code_eval.py ({text})"

@@ -27,6 +27,8 @@ def value(text: str) -> Fraction | None:
     for candidate in (text, *NUMBER.findall(text)[-1:]):
         plain = re.sub(r"(\d+)(\(\d+/\d+\))", r"(\1+\2)", candidate)
         plain = re.sub(r"(\d[\d.]*|\([^()]*\))%", r"(\1/100)", plain)
+        if not re.fullmatch(r"[\d.+\-*/() ]+", plain):
+            continue
         try:
             return arithmetic(ast.parse(plain, mode="eval").body, plain)
         except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
