@@ -54,6 +54,14 @@ def state_of(folder):
     }
 
 
+@pytest.fixture(autouse=True)
+def heeded_interrupt():
+    """A shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.mlp", "mtp.0.mixing"])
 def test_a_loss_that_is_not_finite_stops_before_the_step(name, tmp_path):
     model = tiny_vwn("olmoe", num_mtp_layers=1)
