@@ -19,6 +19,7 @@ from .analysis import Cost, cost
 from .checkpoints import open_checkpoint
 from .comparison import STATE, new_figure, read_state
 from .configuration_vwn import VwnConfigMixin
+from .evaluation import cut_items, format_score, shown_tasks, title
 from .hyper_connections import doubly_stochastic
 from .sources import CARD_NAME, REPORT_NAME, companions, recipes_in_order
 from .widening import backbone_of, number_of_layers
@@ -233,16 +234,16 @@ def hub_datasets(recipes: list[dict[str, Any]]) -> list[str]:
     return [path for path in paths if HUB_ID.match(path) and not Path(path).exists()]
 
 
-def shown_tasks(results: dict[str, Any]) -> list[str]:
-    """Tasks and groups that are no part of another one."""
-    return [task for task, info in results["tasks"].items() if not info.get("part_of") and task in results["own"]]
+def own_tasks(results: dict[str, Any]) -> list[str]:
+    """Shown tasks that the checkpoint has scores of."""
+    return [task for task in shown_tasks(results["tasks"]) if task in results["own"]]
 
 
 def whole_tasks(results: dict[str, Any]) -> list[str]:
     """Those whose score is the task's: all items, all members of a group, answers as long as the task lets them be."""
     if results.get("limit") or results.get("max_gen_toks"):
         return []
-    return [task for task in shown_tasks(results) if not results["tasks"][task].get("left_out")]
+    return [task for task in own_tasks(results) if not results["tasks"][task].get("left_out")]
 
 
 def hub_dataset(task: str, info: dict[str, Any]) -> str | None:
@@ -256,12 +257,11 @@ def index_entries(results: dict[str, Any]) -> list[EvalResult]:
     entries = []
     for task in whole_tasks(results):
         info, value = results["tasks"][task], results["own"][task][results["tasks"][task]["main_metric"]]
-        title = info.get("benchmark") or task
         entries.append(
             EvalResult(
                 task_type="text-generation",
                 dataset_type=hub_dataset(task, info) or task,  # entries of one type and split become one
-                dataset_name=title,
+                dataset_name=info.get("benchmark") or task,
                 dataset_config=info.get("config"),
                 dataset_split=info.get("split"),
                 metric_type=info["main_metric"].partition(",")[0],
@@ -291,23 +291,13 @@ def write_benchmark_entries(folder: Path, facts: Facts) -> None:
                 date=results["date"],
                 notes=notes
                 + (f", standard error {error:.4f}" if error is not None else "")
-                + (", prompts cut to the context" if cut_items(results).get(task) else ""),
+                + (", prompts cut to the context" if task in cut_items(results["tasks"], results["truncated"]) else ""),
             )
             found.setdefault(info["dataset"].replace("/", "_"), []).append(entry)
     for name, entries in found.items():
         (folder / ".eval_results").mkdir(exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
         (folder / ".eval_results" / ENTRIES.format(name)).write_text(text)
-
-
-def cut_items(results: dict[str, Any]) -> dict[str, int]:
-    """Items by shown task whose prompt was longer than the context, so that its beginning was cut off."""
-    counts: dict[str, int] = {}
-    for task, items in results["truncated"].items():
-        while (above := results["tasks"].get(task, {}).get("part_of")) in results["tasks"]:
-            task = above
-        counts[task] = counts.get(task, 0) + items
-    return counts
 
 
 def metric_words(metric: str) -> str:
@@ -490,24 +480,24 @@ def cost_rows(figures: Cost) -> list[tuple[str, str]]:
 def result_table(results: dict[str, Any]) -> dict[str, Any]:
     """The table and the notes of one file of results."""
     rows = []
-    for task in shown_tasks(results):
+    for task in own_tasks(results):
         info, metric = results["tasks"][task], results["tasks"][task]["main_metric"]
-        left_out = len(info.get("left_out") or [])
-        name = (info.get("benchmark") or task) + f", without {left_out} of its parts" * bool(left_out)
-        cells = [name, metric_words(metric), shots(info), str(info.get("items", ""))]
-        cells.append(score(results["own"][task], metric))
+        cells = [title(task, info), metric_words(metric), shots(info), str(info.get("items", ""))]
+        cells.append(format_score(results["own"][task], metric))
         if results["base"]:
             pair = results["paired"].get(task, {})
-            cells.append(score(results["base_scores"].get(task, {}), metric))
+            base = results["base_scores"].get(task, {})
+            cells.append(format_score(base, metric) if metric in base else "")
             cells.append(difference(pair) if pair else "")
         rows.append([cell(text) for text in cells])
     header = ["task", "metric", "shots", "items", "this model"]
     header += [cell(results["base"]), "difference, item by item"] if results["base"] else []
+    cut = cut_items(results["tasks"], results["truncated"])
     return {
         "table": markdown_table(header, rows) if rows else "",
         "limit": results.get("limit"),
         "max_gen_toks": results.get("max_gen_toks"),
-        "cut": {cell(results["tasks"][task].get("benchmark") or task): n for task, n in cut_items(results).items()},
+        "cut": {cell(results["tasks"][task].get("benchmark") or task): items for task, items in cut.items()},
         "date": results["date"],
         "lm_eval": results["lm_eval"],
         "not_run": {cell(task): cell(re.split("[;:]", why)[0]) for task, why in results.get("not_run", {}).items()},
@@ -517,13 +507,6 @@ def result_table(results: dict[str, Any]) -> dict[str, Any]:
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def score(scores: dict[str, Any], metric: str) -> str:
-    if metric not in scores:
-        return ""
-    error = scores.get(metric.replace(",", "_stderr,"))
-    return f"{scores[metric]:.4f} ± {error:.4f}" if isinstance(error, int | float) else f"{scores[metric]:.4f}"
 
 
 def difference(pair: dict[str, Any]) -> str:

@@ -401,19 +401,37 @@ def results_table(results: dict[str, Any]) -> Table:
     for checkpoint in paired:
         table.add_column(f"difference{f', {checkpoint}' * (len(paired) > 1)}", overflow="fold", justify="right")
         table.add_column("p", justify="right")
-    for task, info in results["tasks"].items():
-        if info["part_of"] in results["tasks"]:
-            continue
+    for task in shown_tasks(results["tasks"]):
+        info = results["tasks"][task]
         metric, shots = info["main_metric"], info["num_fewshot"]
         cells = [format_score(scores[task], metric) for scores in results["scores"].values()]
         for checkpoint in paired:
             cells += format_difference(paired[checkpoint].get(task))
-        name = (info["benchmark"] or task) + f", without {len(info['left_out'])} of its parts" * bool(info["left_out"])
-        shown = [name, metric.removesuffix(",none"), "" if shots is None else str(shots)]
+        shown = [title(task, info), metric.removesuffix(",none"), "" if shots is None else str(shots)]
         table.add_row(*shown, str(info["items"]), *cells)
     if base:
         table.caption = f"Mean ± standard error; difference to {base}, item by item; p of a two-sided sign-flip test."
     return table
+
+
+def shown_tasks(tasks: dict[str, dict]) -> list[str]:
+    """Those that are part of no other one with a score."""
+    return [task for task, info in tasks.items() if info.get("part_of") not in tasks]
+
+
+def title(task: str, info: dict[str, Any]) -> str:
+    left_out = len(info.get("left_out") or [])
+    return (info.get("benchmark") or task) + f", without {left_out} of its parts" * bool(left_out)
+
+
+def cut_items(tasks: dict[str, dict], truncated: dict[str, int]) -> dict[str, int]:
+    """Items by shown task whose prompt was longer than the context, so that its beginning was cut off."""
+    part_of = {task: info["part_of"] for task, info in tasks.items() if info.get("part_of") in tasks}
+    counts: dict[str, int] = {}
+    for task, items in truncated.items():
+        top = [task, *ancestors(task, part_of)][-1]
+        counts[top] = counts.get(top, 0) + items
+    return counts
 
 
 def format_score(scores: dict[str, Any], metric: str) -> str:
@@ -435,13 +453,10 @@ def notes(results: dict[str, Any]) -> list[str]:
         lines.append(f"Only the first {results['limit']} items of each task: these are no scores of the benchmarks.")
     if results["max_gen_toks"]:
         lines.append(f"Generation was capped at {results['max_gen_toks']} tokens.")
-    for checkpoint, tasks in results["truncated"].items():
-        groups: dict[str, int] = {}
-        for task, items in tasks.items():
-            top = [task, *ancestors(task, {t: i["part_of"] for t, i in results["tasks"].items() if i["part_of"]})][-1]
-            groups[top] = groups.get(top, 0) + items
-        if groups:
-            cut = ", ".join(f"{top} {items}" for top, items in groups.items())
+    for checkpoint, truncated in results["truncated"].items():
+        if truncated:
+            counts = cut_items(results["tasks"], truncated)
+            cut = ", ".join(f"{task} {items}" for task, items in counts.items())
             lines.append(f"{checkpoint}: prompts longer than the context lost their beginning; items: {cut}.")
     return lines
 

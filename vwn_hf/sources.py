@@ -201,7 +201,7 @@ def quantization_method(config: PreTrainedConfig) -> str | None:
 
 
 def companions(folder: Path, patterns: Collection[str] = COMPANION_FILES) -> list[Path]:
-    """Tokenizer, generation config, chat templates and licence."""
+    """Files of these patterns; by default tokenizer, generation config, chat templates and licence."""
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(regular_file(folder, path.relative_to(folder).as_posix()) for path in paths)
 
