@@ -15,6 +15,13 @@ import vwn_hf  # noqa: F401  registers the VWN classes
 disable_progress_bar()
 torch.set_num_threads(1)
 
+
+@pytest.fixture(autouse=True)
+def same_environ(monkeypatch):
+    """`datasets`, after a map in several processes, leaves a copy in place of `os.environ`; rich reads the first."""
+    monkeypatch.setattr(os, "environ", os.environ)
+
+
 SHARED = {
     "vocab_size": 99,
     "hidden_size": 48,
