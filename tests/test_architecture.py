@@ -10,6 +10,9 @@ import vwn_hf
 
 PACKAGE = Path(vwn_hf.__file__).parent
 ORDER = [
+    "connection_functions",
+    "triton_kernels",
+    "connection_kernels",
     "hyper_connections",
     "over_width",
     "configuration_vwn",
@@ -45,6 +48,9 @@ ORDER = [
     "evaluation",
     "cards",
     "publishing",
+    "benchmark_forms",
+    "benchmark_results",
+    "benchmarking",
     "demo",
     "cli",
     "__init__",
@@ -100,8 +106,8 @@ def test_a_file_imports_only_files_above_it(path):
     assert not below, f"{path.name} imports {sorted(below)}, which stand below it."
 
 
-@pytest.mark.parametrize("name", ["hyper_connections", "over_width"])
+@pytest.mark.parametrize("name", ["connection_functions", "connection_kernels", "hyper_connections", "over_width"])
 def test_the_lowest_files_need_only_torch(name):
     own, others = imports((PACKAGE / f"{name}.py").read_text())
-    assert own <= {"hyper_connections"}
+    assert own <= set(ORDER[:4])  # of which Triton's is imported where it is used
     assert others <= {"torch", *sys.stdlib_module_names}

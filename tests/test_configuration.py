@@ -50,6 +50,7 @@ DEFAULTS = {
     "vwn_embedding_rank": None,
     "vwn_group_norm": True,
     "vwn_norm_eps": 1e-6,
+    "vwn_kernels": "auto",
     "num_mtp_layers": 0,
     "mtp_loss_weight": 0.3,
 }
@@ -115,6 +116,7 @@ REFUSED = {  # settings -> what the message must say: the value, the rule, the r
         {"vwn_embedding": "projected", "vwn_embedding_rank": 56, "tie_word_embeddings": True},
         ["vwn_embedding_rank=56", "lm_head is 48 wide", "56 wide", "tie_word_embeddings=False"],
     ),
+    "unknown_kernels": ({"vwn_kernels": "fast"}, ["kernels='fast'", "'auto', 'torch', 'triton'"]),
     "zero_eps": ({"vwn_norm_eps": 0.0}, ["vwn_norm_eps=0.0", "must be positive", "1e-6"]),
     "negative_eps": ({"vwn_norm_eps": -1e-6}, ["vwn_norm_eps=-1e-06", "must be positive", "1e-6"]),
     "infinite_eps": ({"vwn_norm_eps": float("inf")}, ["vwn_norm_eps=inf", "positive and finite", "1e-6"]),
@@ -241,6 +243,7 @@ CHANGED = {
     "vwn_embedding_rank": 56,
     "vwn_group_norm": False,
     "vwn_norm_eps": 1e-4,
+    "vwn_kernels": "torch",
     "num_mtp_layers": 2,
     "mtp_loss_weight": 0.1,
 }

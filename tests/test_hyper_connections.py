@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vwn_hf import GeneralizedHyperConnection
-from vwn_hf.hyper_connections import CARRIES, DoublyStochasticSlotMap, SlotMap, doubly_stochastic
+from vwn_hf import GeneralizedHyperConnection, connection_kernels
+from vwn_hf.connection_functions import Read, Write
+from vwn_hf.connection_kernels import read_and_write
+from vwn_hf.hyper_connections import CARRIES, doubly_stochastic
 
 SIZES = [(1, 1), (1, 4), (2, 3), (4, 4), (4, 8), (8, 64)]
 SLOT_WIDTH = 6
@@ -175,12 +177,18 @@ def test_parameter_names_and_shapes():
     assert [k for k, _ in identity.named_parameters()] == [k for k in shapes if not k.startswith("carry")]
 
 
-def test_computes_in_float32_under_autocast():
-    connection, state = random_connection(2, 3, True), torch.randn(1, 4, 3 * SLOT_WIDTH)
-    expected = connection(state, torch.sin)
+def test_computes_in_float32_under_autocast_forward_and_backward():
+    connection, state = random_connection(2, 3, True), torch.randn(1, 4, 3 * SLOT_WIDTH, requires_grad=True)
+
+    def run():
+        output = connection(state, torch.sin)
+        return output, *torch.autograd.grad(output.sum(), [state, *connection.parameters()])
+
+    expected = run()
     with torch.autocast("cpu", torch.bfloat16):
-        actual = connection(state, torch.sin)
-    assert torch.equal(actual, expected)
+        actual = run()
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_refuses_an_unknown_carry():
@@ -262,12 +270,9 @@ def test_rows_and_columns_sum_to_one_whatever_the_entries(n, dtype, data):
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 @pytest.mark.parametrize("n", MATRIX_SIZES)
 def test_doubly_stochastic_carries_start_as_the_identity_and_learn_from_it(n, dynamic):
-    carry = DoublyStochasticSlotMap(SLOT_WIDTH, n, n, dynamic=dynamic)
-    with torch.no_grad():
-        for name, value in carry.initial_values().items():
-            getattr(carry, name).copy_(value)
-    slots = torch.randn(4, n, SLOT_WIDTH, generator=torch.Generator().manual_seed(0))
-    matrix = carry(slots)
+    connection = GeneralizedHyperConnection(SLOT_WIDTH, 1, n, dynamic=dynamic, carry="doubly_stochastic")
+    slots, carry = torch.randn(4, n, SLOT_WIDTH, generator=torch.Generator().manual_seed(0)), connection.carry
+    matrix = connection.matrices(slots)["carry"]
     assert torch.equal(matrix, torch.eye(n).expand(matrix.shape))
     matrix.backward(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1)))
     assert all(parameter.grad.isfinite().all() for parameter in carry.parameters())
@@ -293,21 +298,21 @@ def test_gradients_of_the_retraction(n, scale):
 def test_a_thousand_carries_do_not_make_a_state_larger(dtype, rounding):
     """While those of the same parameters, left free, do."""
     n, norms = 8, {}
-    for map_class in (SlotMap, DoublyStochasticSlotMap):
+    for kind in ("free", "doubly_stochastic"):
         generator = torch.Generator().manual_seed(0)
         state = initial = torch.randn(16, n, SLOT_WIDTH, generator=generator).to(dtype)
         for _ in range(1000):
-            carry = map_class(SLOT_WIDTH, n, n).to(dtype)
+            connection = GeneralizedHyperConnection(SLOT_WIDTH, 1, n, carry=kind).to(dtype)
             with torch.no_grad():
-                for parameter in carry.parameters():
+                for parameter in connection.carry.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(n))
-                carry.bias += torch.eye(n)
-                state = carry(initial).mT @ state
-            if map_class is SlotMap and state.norm() > 1e6 * initial.norm():
+                connection.carry.bias += torch.eye(n)
+                state = connection.matrices(initial)["carry"].mT @ state
+            if kind == "free" and state.norm() > 1e6 * initial.norm():
                 break
-        norms[map_class] = (state.flatten(1).norm(dim=1) / initial.flatten(1).norm(dim=1)).max()
-    assert norms[DoublyStochasticSlotMap] <= 1 + rounding
-    assert norms[SlotMap] > 1e5
+        norms[kind] = (state.flatten(1).norm(dim=1) / initial.flatten(1).norm(dim=1)).max()
+    assert norms["doubly_stochastic"] <= 1 + rounding
+    assert norms["free"] > 1e5
 
 
 @pytest.mark.parametrize(
@@ -346,3 +351,58 @@ def test_without_a_residual_the_first_slots_start_as_the_output_alone():
     for carry in ("identity", "doubly_stochastic"):
         with pytest.raises(ValueError, match="only carry='free' can express"):
             GeneralizedHyperConnection(8, 2, 5, carry=carry, residual=False)
+
+
+# ---- traced by torch.compile
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 3), (2, 9)])  # products written as sums, and as products
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_traced_whole_it_computes_and_keeps_the_same(m, n, dynamic, dtype):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    connection, tokens, width = random_connection(m, n, True), 200, m * SLOT_WIDTH
+    state = torch.randn(tokens, n * SLOT_WIDTH).to(dtype).requires_grad_()
+    weight = torch.eye(width, dtype=dtype).flip(0)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    def run(state):
+        return connection(state, lambda x: x @ weight)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager_decomp_partition")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = compiled(state)
+    parameters = sum(parameter.numel() for parameter in connection.parameters())
+    most = state.element_size() * tokens * (n + m) * SLOT_WIDTH + 3 * 4 * parameters + 1000
+    assert sum(storage.nbytes() for storage in kept.values()) <= most
+    sources = [state, *connection.parameters()]
+    results = [[value, *torch.autograd.grad(value.square().sum(), sources)] for value in (output, run(state))]
+    for mine, theirs in zip(*results, strict=True):
+        assert relative_error(mine.detach(), theirs.detach().double()) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+# ---- which functions compute it
+
+
+def test_kernels_are_torchs_unless_checked_or_asked_for():
+    state = torch.randn(2, 3, 6 * SLOT_WIDTH)
+    for kernels in ("auto", "torch"):
+        connection = GeneralizedHyperConnection(4 * SLOT_WIDTH, 4, 6, kernels=kernels)
+        slots = state.view(-1, 6, SLOT_WIDTH)
+        assert read_and_write(kernels, slots, connection.maps(torch.float32)) == (Read, Write)
+
+
+@pytest.mark.parametrize(("installed", "message"), [(True, "the state is on cpu"), (False, "triton is not installed")])
+def test_kernels_that_cannot_be_had_are_refused(installed, message, monkeypatch):
+    if not installed:
+        monkeypatch.setattr(connection_kernels, "find_spec", lambda name: None)
+    connection = GeneralizedHyperConnection(4 * SLOT_WIDTH, 4, 6, kernels="triton")
+    with pytest.raises(ValueError, match=message + ".*kernels='auto'"):
+        connection(torch.randn(2, 6 * SLOT_WIDTH), torch.sin)
+    with pytest.raises(ValueError, match=r"kernels='fast' is not one of .*'triton'"):
+        GeneralizedHyperConnection(4 * SLOT_WIDTH, 4, 6, kernels="fast")

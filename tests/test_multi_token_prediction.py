@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
 
-from vwn_hf import VwnTrainer, VwnTrainerMixin
+from vwn_hf import VwnTrainer, VwnTrainerMixin, modeling_vwn
 from vwn_hf.multi_token_prediction import MtpCandidateGenerator, MultiTokenPredictor, StackRecord, mtp_targets
 
 DEPTHS = 2
@@ -213,6 +213,43 @@ def test_recomputation_changes_neither_losses_nor_gradients(use_reentrant, token
     assert torch.equal(outputs.mtp_losses, expected.mtp_losses)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+def test_logits_made_in_pieces_change_neither_losses_nor_gradients(family, tokens, monkeypatch):
+    model = tiny_mtp(family).train()
+    expected = model(tokens, labels=tokens)
+    expected.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    monkeypatch.setattr(modeling_vwn, "MTP_LOGITS", 250)
+    outputs = model(tokens, labels=tokens)
+    outputs.loss.backward()
+    torch.testing.assert_close(outputs.mtp_losses, expected.mtp_losses)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+
+
+def largest_kept(model, tokens):
+    """Values of the largest tensor that the losses of multi-token prediction keep for the backward pass."""
+    sizes, weights = [], {parameter.data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        sizes.append(0 if tensor.data_ptr() in weights else tensor.numel())
+        return tensor
+
+    record = StackRecord()
+    model(tokens, mtp_record=record, use_cache=False)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.mtp_losses(record, tokens)
+    return max(sizes)
+
+
+def test_logits_made_in_pieces_are_not_kept(monkeypatch):
+    model, tokens = tiny_mtp("llama", vocab_size=4096).train(), torch.arange(48)[None]
+    assert largest_kept(model, tokens) >= 48 * 4096
+    monkeypatch.setattr(modeling_vwn, "MTP_LOGITS", 8 * 4096)
+    assert largest_kept(model, tokens) < 8 * 4096
 
 
 # ---- checkpoints

@@ -404,6 +404,42 @@ def cost(
 
 
 @app.command()
+def bench(
+    level: Annotated[str, typer.Option(help="connection, step, generation or all.")] = "all",
+    shapes: Annotated[str, typer.Option(help="m,n of connections and models.")] = "2,3 4,8 8,32 8,64",
+    widths: Annotated[str, typer.Option(help='D of connections, such as "512 1024 2048".')] = "1024",
+    dtypes: Annotated[str, typer.Option(help="Of connections; models have the first.")] = "float32 bfloat16",
+    tokens: Annotated[int, typer.Option(help="Of a state, a training step, a prefill, a filled cache.")] = 2048,
+    rounds: Annotated[int, typer.Option(help="Of training steps and prefills a quarter, at least 3.")] = 20,
+    model_width: Annotated[int, typer.Option(help="D of models, a multiple of 128.")] = 1024,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="With one, times are CPU time; with more, wall time.")] = 1,
+    compile: Annotated[bool, typer.Option(help="Measure torch.compile too.")] = True,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Measure checkpointing too.")] = False,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder to make for results.csv, table.md and plots."),
+    ] = None,
+) -> None:
+    """Time connections, training steps and generation beside the paper's pseudo-code and the backbone."""
+    settings = locals()
+    from rich.console import Console
+
+    from .benchmarking import bench as run
+
+    with clear_errors():
+        results = run(**settings, announce=lambda text: typer.echo(f"… {text}", err=True))
+        for grid in results.grids():
+            Console().print(grid.table())
+        for note in results.notes():
+            typer.echo(f"- {note}")
+        if output is not None:
+            results.write(output)
+    if results.ended:
+        raise typer.Exit(1)
+
+
+@app.command()
 def families(
     markdown: Annotated[bool, typer.Option("--markdown", help="As in the README.")] = False,
 ) -> None:

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from .connection_kernels import check_kernels
 from .hyper_connections import check_carry, check_widths
 
 EMBEDDING_FORMS = ("direct", "projected", "scaled_copies")
@@ -48,6 +49,8 @@ class VwnConfigMixin:
         vwn_group_norm: RMS norm in groups of `hidden_size` values before the reduce. None: wherever it can be,
             that is where vwn_slots is a multiple of vwn_segments.
         vwn_norm_eps: added to the mean square in the connections' norms and the group norm.
+        vwn_kernels: what computes the connections' products, "auto", "torch" or "triton"; see
+            `GeneralizedHyperConnection`.
         num_mtp_layers: K, modules of multi-token prediction; module k predicts the token k + 1 further on.
         mtp_loss_weight: in training, the loss is the next-token loss + mtp_loss_weight · mean of the K MTP losses.
         vwn_preset: a name that settles m, in place of vwn_segments; not kept as a field. "hyper_connections"
@@ -65,6 +68,7 @@ class VwnConfigMixin:
     vwn_embedding_rank: int | None = None
     vwn_group_norm: bool | None = None
     vwn_norm_eps: float = 1e-6
+    vwn_kernels: str = "auto"
     num_mtp_layers: int = 0
     mtp_loss_weight: float = 0.3
 
@@ -114,6 +118,7 @@ class VwnConfigMixin:
                 )
         check_widths(self.hidden_size, self.vwn_segments, self.vwn_slots)
         check_carry(self.vwn_carry)
+        check_kernels(self.vwn_kernels)
         if self.vwn_embedding not in EMBEDDING_FORMS:
             raise ValueError(f"vwn_embedding={self.vwn_embedding!r} is not one of {EMBEDDING_FORMS}.")
         self.check_embedding_rank()

@@ -28,6 +28,7 @@ from .adapters import add_adapter
 from .analysis import NOW, Cost, cost, right
 from .checkpoints import refuse_missing_path
 from .configuration_vwn import VwnConfigMixin
+from .modeling_vwn import MTP_LOGITS
 from .training import (
     RecipeError,
     TrainingRecipe,
@@ -134,7 +135,8 @@ def estimate(recipe: TrainingRecipe, config: PreTrainedConfig, devices: Devices,
 
     FLOPs per token, F those of a forward pass in `analysis.cost`:
 
-        F                forward, and again for the layers under checkpointing (but for the write that a layer ends in)
+        F                forward, and again for the layers under checkpointing
+        again            the connections' coefficients, and logits of MTP where they are made in pieces
         F                backward, to the activations
         F                backward, to what is trained and through attention's scores; 6 per weight of LoRA
 
@@ -390,8 +392,12 @@ def training_flops(
             again += part.flops_per_token
         if everything or (added and part.group != "backbone") or part.name.endswith("attention scores"):
             weights += part.flops_per_token
+    logits = arguments.per_device_train_batch_size * recipe.data.sequence_length * model.config.vocab_size
+    pieces = logits > MTP_LOGITS
+    remade = ("connection coefficients", "MTP connection coefficients", *(["MTP lm_head"] if pieces else []))
+    always = sum(part.flops_per_token for part in parts if part.name in remade)
     adapters = 6 * size([p for name, p in model.named_parameters() if "lora_" in name])
-    return 2 * forward + weights + adapters + (again if arguments.activation_checkpointing else 0)
+    return 2 * forward + weights + always + adapters + (again if arguments.activation_checkpointing else 0)
 
 
 def training_moves(costs: Cost, arguments: TrainingArguments) -> float:

@@ -13,10 +13,12 @@ The three matrices depend on the token. Source: arXiv:2511.11238, section 3.3 an
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from .connection_functions import Maps, apply, matrices, without_autocast
+from .connection_kernels import check_kernels, read_and_write
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -27,11 +29,6 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def parameter_dtype() -> torch.dtype:
     """The dtype that connections' parameters are made in: float32 too where the default dtype is narrower."""
     return at_least_float32(torch.get_default_dtype())
-
-
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast off; the meta device has none."""
-    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 class SlotNorm(nn.Module):
@@ -54,6 +51,14 @@ class SlotNorm(nn.Module):
         slots = slots.to(at_least_float32(slots.dtype))
         inverse_rms = torch.rsqrt(slots.square().mean(-1, keepdim=True) + self.eps)
         return slots * inverse_rms * self.weight.to(slots.dtype)
+
+
+class FoldedSlotNorm(SlotNorm):
+    """A slot norm whose weight is applied to the map behind it: norm(x) · proj = (x · (weight ∘ proj)) / rms(x)."""
+
+    def forward(self, proj: Tensor) -> Tensor:
+        """[d, k] -> weight ∘ proj [d, k]."""
+        return self.weight.to(proj.dtype)[:, None] * proj
 
 
 class SlotMap(nn.Module):
@@ -87,6 +92,8 @@ class SlotMap(nn.Module):
             self.register_parameter("proj", None)
             self.register_parameter("scale", None)
 
+    retract = None
+
     @property
     def dynamic(self) -> bool:
         return self.proj is not None
@@ -102,13 +109,9 @@ class SlotMap(nn.Module):
             values |= {"proj": torch.zeros(self.proj.shape), "scale": torch.ones(self.scale.shape)}
         return values
 
-    def forward(self, normed_slots: Tensor) -> Tensor:
-        """[..., n, d] -> [..., n, k] (dynamic) or [n, k] (static), in the dtype of `normed_slots`."""
-        dtype = normed_slots.dtype
-        if not self.dynamic:
-            return self.bias.to(dtype)
-        logits = normed_slots @ self.proj.to(dtype) / self.temperature
-        return self.scale.to(dtype) * torch.tanh(logits) + self.bias.to(dtype)
+    def forward(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """proj, scale and bias, as they are: asked for by a call, so that hooks (offloading) bring them first."""
+        return self.proj, self.scale, self.bias
 
     def extra_repr(self) -> str:
         slots, targets = self.bias.shape
@@ -150,8 +153,7 @@ class DoublyStochasticSlotMap(SlotMap):
     Parameters and their initial values are those of `SlotMap`; the start, an identity, is kept bit for bit.
     """
 
-    def forward(self, normed_slots: Tensor) -> Tensor:
-        return doubly_stochastic(super().forward(normed_slots))
+    retract = staticmethod(doubly_stochastic)
 
 
 CARRIES = {"free": SlotMap, "identity": None, "doubly_stochastic": DoublyStochasticSlotMap}
@@ -169,6 +171,8 @@ class GeneralizedHyperConnection(nn.Module):
         carry: how slots are carried past the sublayer: "free", by any matrix, as in the paper; "identity", unchanged,
             without parameters or a product; "doubly_stochastic", by a matrix whose rows and columns sum to 1.
         residual: whether the first m slots are carried at the start. Not where the sublayer adds its input itself.
+        kernels: what computes the products: "torch"; "triton", where it can be had; or "auto", Triton on GPUs where
+            its kernels were checked (none so far).
 
     With the initial values the first m slots are an ordinary residual stream.
     Parameters: `{read,carry,write}.{bias,proj,scale}` and `slot_norm.weight` (absent where not dynamic; no `carry.*`
@@ -176,7 +180,8 @@ class GeneralizedHyperConnection(nn.Module):
 
     Raises:
         ValueError: segments does not divide hidden_size, slots < segments, carry is not one of `CARRIES`, or no
-            other than "free" without residual.
+            other than "free" without residual, kernels is not one of `KERNELS`; when called, if kernels="triton"
+            cannot be had.
     """
 
     def __init__(
@@ -189,20 +194,47 @@ class GeneralizedHyperConnection(nn.Module):
         *,
         carry: str = "free",
         residual: bool = True,
+        kernels: str = "auto",
     ):
         super().__init__()
         check_widths(hidden_size, segments, slots)
         check_carry(carry, residual)
-        self.segments, self.slots = segments, slots
+        check_kernels(kernels)
+        self.segments, self.slots, self.kernels = segments, slots, kernels
         slot_width = hidden_size // segments
-        self.slot_norm = SlotNorm(slot_width, eps) if dynamic else nn.Identity()
+        self.slot_norm = FoldedSlotNorm(slot_width, eps) if dynamic else nn.Identity()
         self.read = SlotMap(slot_width, slots, segments, dynamic=dynamic)
         carry_class, first_target = CARRIES[carry], 0 if residual else segments
         self.carry = None
         if carry_class:
             self.carry = carry_class(slot_width, slots, slots, dynamic=dynamic, first_target=first_target)
         self.write = SlotMap(slot_width, slots, segments, cyclic=True, dynamic=dynamic)
+        self.observer: Callable[[GeneralizedHyperConnection, Tensor], None] | None = None  # shown the slots [T, n, d]
         reset_parameters(self)
+
+    def maps(self, dtype: torch.dtype) -> Maps:
+        """The parameters of read, carry and write side by side, in the dtype of the computation."""
+        parts = [part for part in (self.read, self.carry, self.write) if part is not None]
+        projs, scales, biases = zip(*(part() for part in parts), strict=True)
+        bias = torch.cat(biases, 1).to(dtype)
+        retract = None if self.carry is None else self.carry.retract
+        if not self.read.dynamic:
+            return Maps(None, None, bias, 0.0, self.segments, retract)
+        # joined as rows, so that each column of the weight is one piece of memory
+        proj = torch.cat([proj.mT for proj in projs]).to(dtype).mT
+        weight = self.slot_norm(proj) / self.read.temperature
+        eps = self.slot_norm.eps
+        if torch.compiler.is_compiling() and self.kernels != "triton":
+            eps = torch.full((), eps, dtype=dtype, device=bias.device)  # an autograd function takes no symbolic number
+        return Maps(weight, torch.cat(scales, 1).to(dtype), bias, eps, self.segments, retract)
+
+    def matrices(self, slots: Tensor) -> dict[str, Tensor]:
+        """read [T, n, m], carry [T, n, n] and write [T, n, m] of a state [T, n, d], in float32 (float64).
+
+        Those that are the same for all tokens are [1, n, …].
+        """
+        with without_autocast(slots.device.type):
+            return matrices(slots.to(at_least_float32(slots.dtype)), self.maps(at_least_float32(slots.dtype)))
 
     def forward(self, hidden_states: Tensor, sublayer: Callable[[Tensor], Tensor | tuple[Tensor, ...]]) -> Tensor:
         """Read a sublayer's input from the slots, run it, write its output back, carry the slots on.
@@ -220,19 +252,28 @@ class GeneralizedHyperConnection(nn.Module):
             over-width state after the sublayer, [..., n·d], in hidden_states' dtype.
         """
         dtype, device_type = hidden_states.dtype, hidden_states.device.type
+        slots = hidden_states.reshape(-1, self.slots, hidden_states.shape[-1] // self.slots)
         with without_autocast(device_type):
-            slots = hidden_states.to(at_least_float32(dtype)).unflatten(-1, (self.slots, -1))
-            normed = self.slot_norm(slots)
-            read, write = self.read(normed), self.write(normed)
-            carry = self.carry(normed) if self.carry is not None else None
-            sublayer_input = mix(read, slots).flatten(-2).to(dtype)
-        outputs = sublayer(sublayer_input)
+            maps = self.maps(at_least_float32(dtype))
+            read, write = read_and_write(self.kernels, slots, maps)
+            inputs, coefficients, slots = apply(read, slots, *maps)
+            if self.observer:
+                self.observer(self, slots.detach())
+        outputs = sublayer(inputs.view(*hidden_states.shape[:-1], -1))
+        first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
         with without_autocast(device_type):
-            state = mix(carry, slots) if carry is not None else slots
-            for output in outputs if isinstance(outputs, tuple) else (outputs,):
-                segments = output.to(slots.dtype).unflatten(-1, (self.segments, -1))
-                state = (mix(write.mT, segments) + state.to(slots.dtype)).to(dtype)
-            return state.flatten(-2)
+            segments = first.reshape(len(slots), self.segments, -1)
+            state = apply(write, slots, segments, coefficients, *maps)
+            state = self.write_more(state, slots, others) if others else state
+        return state.view(hidden_states.shape)
+
+    def write_more(self, state: Tensor, slots: Tensor, outputs: list[Tensor]) -> Tensor:
+        """Add further outputs of the same sublayer, written by the same matrix.  [T, n, d] -> [T, n, d]."""
+        write = self.matrices(slots)["write"]
+        for output in outputs:
+            segments = output.to(write.dtype).reshape(len(slots), self.segments, -1)
+            state = (mix(write.mT, segments) + state.to(write.dtype)).to(slots.dtype)
+        return state
 
 
 def mix(matrix: Tensor, slots: Tensor) -> Tensor:

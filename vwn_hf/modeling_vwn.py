@@ -31,6 +31,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -64,6 +65,7 @@ from .multi_token_prediction import (
 from .over_width import GroupNorm, OverWidthLinear, ProjectedEmbedding, ScaledCopiesEmbedding
 from .peft_tables import register_with_peft
 
+MTP_LOGITS = 2**25  # logits of a prediction module that may stand at once: 128 MB in float32
 MTP_NOT_TRAINED = (
     "This step does not train the multi-token prediction modules: their loss is computed where the causal language "
     "model is called with `labels`, and it was not. If that is intended, set num_mtp_layers=0. trl's SFTTrainer "
@@ -91,6 +93,7 @@ class VwnDecoderLayerMixin:
                 config.vwn_norm_eps,
                 carry=config.vwn_carry,
                 residual=sublayer.normed_residual is None,
+                kernels=config.vwn_kernels,
             )
             self.add_module(sublayer.connection, connection)
             check_parts(self, sublayer)
@@ -470,6 +473,8 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
             next_tokens: [B, S], label of the next token at each position, -100 where it is ignored.
             num_items_in_batch: what the sum over targets is divided by in training, as in the next-token loss.
                 Without it, and in evaluation, each loss is the mean over its own targets.
+
+        Of more than `MTP_LOGITS` logits, one module's are made in pieces, and again in the backward pass.
         """
         arguments = record.arguments_without_cache(self.mtp_source_layer)
         state, losses = record.state, []
@@ -477,15 +482,27 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
         for depth, module in enumerate(self.mtp, start=1):
             targets = mtp_targets(next_tokens, depth, arguments.get("position_ids"), attention_mask)
             state, hidden_states = module(state, shift_left(record.embedding, depth), **arguments)
-            loss = self.loss_function(
+            counted = (targets != IGNORED).sum().clamp(min=1) if items is None else items
+            losses.append(self.token_loss(hidden_states, targets, counted))
+        return torch.stack(losses)
+
+    def token_loss(self, hidden_states: Tensor, targets: Tensor, items: Tensor | int) -> Tensor:
+        """Sum of the losses of [B, S, D] at targets [B, S], over `items`."""
+
+        def loss(hidden_states: Tensor, targets: Tensor) -> Tensor:
+            return self.loss_function(
                 logits=self.head_logits(hidden_states),
                 labels=None,
                 vocab_size=self.config.vocab_size,
                 shift_labels=targets,
-                num_items_in_batch=(targets != IGNORED).sum().clamp(min=1) if items is None else items,
+                num_items_in_batch=items,
             )
-            losses.append(loss)
-        return torch.stack(losses)
+
+        pieces = -(-targets.numel() * self.config.vocab_size // MTP_LOGITS)
+        if pieces == 1:
+            return loss(hidden_states, targets)
+        cut = zip(hidden_states.flatten(0, 1).chunk(pieces), targets.flatten().chunk(pieces), strict=True)
+        return sum(checkpoint(loss, states[None], piece[None], use_reentrant=False) for states, piece in cut)
 
     @contextmanager
     def router_logits_of_mtp(self) -> Iterator[list[Tensor]]:

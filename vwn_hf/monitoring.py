@@ -32,7 +32,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from .hyper_connections import GeneralizedHyperConnection, SlotMap, without_autocast
+from .hyper_connections import GeneralizedHyperConnection
 from .multi_token_prediction import MultiTokenPredictor
 
 MAPS = ("read", "carry", "write")
@@ -90,7 +90,7 @@ class ConnectionRecord:
 
 
 class ConnectionRecorder:
-    """While it is entered, records the first call of each connection in the model's forward passes, by hooks.
+    """While it is entered, records the first call of each connection in the model's forward passes.
 
     So recomputation under activation checkpointing and further micro-batches cost nothing more.
 
@@ -103,72 +103,52 @@ class ConnectionRecorder:
     def __init__(self, model: nn.Module, tokens: int | None = None):
         self.model, self.tokens = model, tokens
         self.records: dict[str, ConnectionRecord] = {}
-        self.handles, self.chains = [], chains(model)
+        self.chains = chains(model)
         self.mask: Tensor | None = None
-        self.current: ConnectionRecord | None = None
         self.last: ConnectionRecord | None = None
 
     def __enter__(self):
-        self.handles = [self.model.register_forward_pre_hook(self.keep_mask, with_kwargs=True)]
+        self.handle = self.model.register_forward_pre_hook(self.keep_mask, with_kwargs=True)
         for name, connection in connections(self.model).items():
-            self.handles.append(connection.register_forward_pre_hook(partial(self.begin, name)))
-            maps = {kind: getattr(connection, kind) for kind in MAPS}
-            self.handles += [m.register_forward_hook(partial(self.keep, kind)) for kind, m in maps.items() if m]
-            self.handles.append(connection.register_forward_hook(self.end))
+            connection.observer = partial(self.record, name)
         return self
 
     def __exit__(self, *error) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        self.handle.remove()
+        for connection in connections(self.model).values():
+            connection.observer = None
 
     def keep_mask(self, model: nn.Module, arguments: tuple, named: dict) -> None:
         self.mask = named.get("attention_mask")
 
-    def choose(self, values: Tensor) -> Tensor:
-        """[B, S, ...] -> [T, ...], those of the tokens that are looked at."""
-        flat, mask = values.detach().flatten(0, 1), self.mask
-        if mask is not None and mask.shape == values.shape[:2]:
-            flat = flat[mask.flatten().bool()]
-        return spread(flat, self.tokens)
+    def choose(self, slots: Tensor) -> Tensor:
+        """[B·S, n, d] -> [T, n, d], those of the tokens that are looked at."""
+        mask = self.mask
+        if mask is not None and mask.dim() == 2 and mask.numel() == len(slots):
+            slots = slots[mask.flatten().bool()]
+        return spread(slots, self.tokens).float()
 
     @torch.no_grad()
-    def begin(self, name: str, connection: GeneralizedHyperConnection, arguments: tuple) -> None:
-        self.current = None
-        if name not in self.records:
-            self.current = self.records[name] = ConnectionRecord(self.chains[name])
-            with without_autocast(arguments[0].device.type):
-                slots = self.choose(arguments[0]).float().unflatten(-1, (connection.slots, -1))
-                self.current.slot_cosine = mean_cosine(slots)
-
-    @torch.no_grad()
-    def keep(self, kind: str, slot_map: SlotMap, arguments: tuple, output: Tensor) -> None:
-        record = self.current
-        if record is None:
+    def record(self, name: str, connection: GeneralizedHyperConnection, slots: Tensor) -> None:
+        if name in self.records:
             return
-        static = slot_map.forward(torch.zeros_like(arguments[0][(0,) * (arguments[0].dim() - 2)]))  # [n, k]
-        matrices = self.choose(output) if output.dim() > 2 else output.detach()[None]  # [T, n, k]
-        initial = slot_map.initial_values()["bias"].to(static)
-        record.means[kind] = matrices.mean(0)
-        record.dynamic[kind] = (matrices - static).abs().mean()
-        record.distances[kind] = relative_distance(slot_map.bias.detach(), initial)
-        if kind == "carry":
-            record.product = spread(matrices, GAIN_TOKENS)
-        else:
-            weight = matrices.abs().sum(-1)  # [T, n]
+        slots = self.choose(slots)
+        record = self.records[name] = ConnectionRecord(self.chains[name], slot_cosine=mean_cosine(slots))
+        found, static = connection.matrices(slots), connection.matrices(torch.zeros_like(slots[:1]))
+        record.means = {kind: found[kind].mean(0) for kind in MAPS}
+        for kind in MAPS:
+            slot_map = getattr(connection, kind)
+            if slot_map is not None:
+                initial = slot_map.initial_values()["bias"].to(slots)
+                record.dynamic[kind] = (found[kind] - static[kind]).abs().mean()
+                record.distances[kind] = relative_distance(slot_map.bias.detach(), initial)
+        for kind in ("read", "write"):
+            weight = found[kind].abs().sum(-1)  # [T, n]
             record.shares[kind] = (weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)).mean(0)
-
-    @torch.no_grad()
-    def end(self, connection: GeneralizedHyperConnection, arguments: tuple, output: Tensor) -> None:
-        record = self.current
-        if record is None:
-            return
-        if record.product is None:  # carry="identity"
-            identity = torch.eye(connection.slots, device=output.device)
-            record.means["carry"], record.product = identity, identity[None]
+        record.product = spread(found["carry"], GAIN_TOKENS)
         if self.last is not None and self.last.chain == record.chain:
             record.product = self.last.product @ record.product
-        self.last, self.current = record, None
+        self.last = record
 
 
 def spread(values: Tensor, count: int | None) -> Tensor:
