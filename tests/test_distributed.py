@@ -157,7 +157,9 @@ def test_two_processes_learn_as_one(job, report, alone, outputs):
     if extra:  # FSDP's full state dict has a tied table under both names
         assert torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
     for name, weight in weights.items():
-        torch.testing.assert_close(saved[name], weight, rtol=1e-3, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}")
+        difference = (saved[name].float() - weight.float()).norm() / weight.float().norm()
+        # Adam gives an element whose gradient is all rounding a whole step: single elements may be off
+        assert difference < 1e-4, f"{name}: {difference}"
 
 
 @pytest.mark.parametrize("job", JOBS)

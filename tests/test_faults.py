@@ -315,7 +315,9 @@ def test_an_output_that_is_anything_already_is_left_alone(make, source, tmp_path
     make(tmp_path / "vwn")
     before = os.lstat(tmp_path / "vwn")
     assert "exists; give a new folder or remove it." in fails_in_child(command, source, tmp_path / "vwn")
-    assert os.lstat(tmp_path / "vwn") == before and not unfinished_place(tmp_path / "vwn").exists()
+    after = os.lstat(tmp_path / "vwn")
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+    assert not unfinished_place(tmp_path / "vwn").exists()
 
 
 def test_a_parent_that_is_no_folder_is_named(source, tmp_path):

@@ -222,26 +222,32 @@ def run(what, **environment):
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def findings():
-    return run("interpreted", TRITON_INTERPRET="1")
+def test_what_the_interpreter_finds():
+    """One test, as its process is to run once, whatever the number of pytest's workers."""
+    findings = run("interpreted", TRITON_INTERPRET="1")
+    for case in range(len(CASES)):
+        values_and_gradients_are_those_of_plain_torch(findings, case)
+    the_fused_write_and_read_is_the_two_of_them_bit_for_bit(findings)
+    a_chain_keeps_each_state_and_output_once_and_the_parameters(findings)
+    a_coefficient_has_more_bits_than_the_state(findings)
+    a_connection_computes_the_same_with_either_kernels(findings)
+    what_the_kernels_cannot_take_is_said(findings)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
-def test_values_and_gradients_are_those_of_plain_torch(findings, case):
+def values_and_gradients_are_those_of_plain_torch(findings, case):
     dtype = CASES[case][-1]
     close = dict.fromkeys(QUANTITIES, CLOSE[dtype])
     if dtype == "autocast":
         close |= dict.fromkeys(["first output", "second output"], CLOSE["bfloat16"])
     found = dict(zip(QUANTITIES, findings["distances"][case], strict=True))
-    assert {name: value for name, value in found.items() if not value <= close[name]} == {}
+    assert {name: value for name, value in found.items() if not value <= close[name]} == {}, CASES[case]
 
 
-def test_the_fused_write_and_read_is_the_two_of_them_bit_for_bit(findings):
+def the_fused_write_and_read_is_the_two_of_them_bit_for_bit(findings):
     assert findings["same"] == [True] * len(TWICE)
 
 
-def test_a_chain_keeps_each_state_and_output_once_and_the_parameters(findings):
+def a_chain_keeps_each_state_and_output_once_and_the_parameters(findings):
     """Of two connections: the first's state, the second's, and two outputs; weights once, in the state's dtype."""
     for ((m, n), d, tokens, kind, _), kept in zip(CASES, findings["kept"], strict=True):
         columns = 2 * m + (0 if "identity" in kind else n)
@@ -249,16 +255,16 @@ def test_a_chain_keeps_each_state_and_output_once_and_the_parameters(findings):
         assert kept == 2 * (tokens * (n + m) * d + parameters)
 
 
-def test_a_coefficient_has_more_bits_than_the_state(findings):
+def a_coefficient_has_more_bits_than_the_state(findings):
     """(1 + 2⁻¹²) · 1 − 1 · 1 in float16, where 1 + 2⁻¹² is 1."""
     assert findings["difference"] == [2**-12] * 16
 
 
-def test_a_connection_computes_the_same_with_either_kernels(findings):
+def a_connection_computes_the_same_with_either_kernels(findings):
     assert len(findings["connection"]) == 12 and max(findings["connection"]) < 1e-5
 
 
-def test_what_the_kernels_cannot_take_is_said(findings):
+def what_the_kernels_cannot_take_is_said(findings):
     rules = ["multiple of 16", "float32 maps", "n up to 64", "m up to 16", "free or an identity carry"]
     assert all(rule in said for rule, said in zip(rules, findings["refusals"], strict=True)), findings["refusals"]
 
