@@ -78,7 +78,7 @@ def recipe(corpus, output, ranks=1, training=None, **settings):
         "data": {"train": {"path": "json", "data_files": str(corpus / "train.jsonl")}, "sequence_length": 32},
         "training": {
             "output_dir": str(output), "max_steps": STEPS, "per_device_train_batch_size": 4 // ranks,
-            "learning_rate": 1e-2, "weight_decay": 0.1, "adam_epsilon": 1e-5, "logging_steps": 1,
+            "learning_rate": 1e-2, "weight_decay": 0.1, "adam_epsilon": 1e-4, "logging_steps": 1,
             "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, **(training or {}),
         },
         **settings,
@@ -157,9 +157,7 @@ def test_two_processes_learn_as_one(job, report, alone, outputs):
     if extra:  # FSDP's full state dict has a tied table under both names
         assert torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
     for name, weight in weights.items():
-        difference = (saved[name].float() - weight.float()).norm() / weight.float().norm()
-        # Adam gives an element whose gradient is all rounding a whole step: single elements may be off
-        assert difference < 1e-4, f"{name}: {difference}"
+        torch.testing.assert_close(saved[name], weight, rtol=1e-3, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -71,7 +71,7 @@ def blocks(slots: Tensor, maps: Maps) -> Iterator[slice]:
 
 
 class Coefficients:
-    """Coefficients [T, n, k] of the columns `columns`, with what their gradient needs.  slots [T, n, d]."""
+    """Coefficients [T, n, k] of slots [T, n, d], with what their gradient needs."""
 
     def __init__(self, slots: Tensor, weight: Tensor | None, scale: Tensor | None, bias: Tensor, eps: float | Tensor):
         self.slots, self.weight, self.scale = slots, weight, scale

@@ -1,6 +1,6 @@
 """Generalized hyper-connections: how a sublayer reads from, and writes to, a state wider than itself.
 
-Plain torch; sizes are given as integers, so the file can be read and used alone.
+Plain torch; sizes are given as integers, so the file can be read and used with the two `connection_*` files alone.
 
 Letters: D hidden size of the sublayer, m segments, n slots, d = D/m width of a slot, D' = n·d width of the state.
 

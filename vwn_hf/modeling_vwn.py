@@ -499,7 +499,7 @@ class VwnCausalLMMixin(VwnPreTrainedMixin):
             )
 
         pieces = -(-targets.numel() * self.config.vocab_size // MTP_LOGITS)
-        if pieces == 1:
+        if pieces <= 1:
             return loss(hidden_states, targets)
         cut = zip(hidden_states.flatten(0, 1).chunk(pieces), targets.flatten().chunk(pieces), strict=True)
         return sum(checkpoint(loss, states[None], piece[None], use_reentrant=False) for states, piece in cut)
